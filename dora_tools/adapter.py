@@ -1,0 +1,240 @@
+"""The common representation of every LoRA and DoRA adapter, and its invariants.
+
+An adapter is a set of *updates* of modules and of *replacements* of whole tensors. An update is always given as
+(out, in), the way the mathematics is written; binding turns it where the base stores (in, out). Tensors are promises
+(``Ref``), so an adapter can be read, bound, planned and summarised without loading a value. Shapes are checked here,
+once; values when they load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from .checkpoint import Ref
+from .errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+Axis = Literal["out", "in"]
+Kind = Literal["linear", "embedding", "conv"]
+
+
+class Kernel(Protocol):
+    """A delta with its values in place, ready to run."""
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        """``w``: rows [start, start + len(w)) of the stored matrix, float32; becomes the updated rows, in place."""
+
+
+class Delta(Protocol):
+    """What an update adds: a function of a block of base rows."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix it updates."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it is stored in."""
+
+    def turned(self) -> Delta:
+        """The same update of the transposed matrix."""
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
+        """Load the values, multiplied by ``strength``. With ``check``, raises InputError for NaN and Inf."""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """``scaling · lora_B @ lora_A`` with lora_A (rank, in), lora_B (out, rank): LoRA, arXiv 2106.09685.
+
+    ``scaling`` is the number really multiplied; ``source`` says where it came from.
+    """
+
+    lora_A: Ref
+    lora_B: Ref
+    scaling: float
+    source: str = "config"
+
+    def __post_init__(self) -> None:
+        a, b = self.lora_A, self.lora_B
+        if 0 in a.shape or 0 in b.shape or len(a.shape) != 2 or len(b.shape) != 2:
+            bad = a if 0 in a.shape or len(a.shape) != 2 else b
+            raise InputError(
+                f"{bad.key}: a low-rank factor must be a matrix with entries, but its shape is {list(bad.shape)}. "
+                "Adapters saved under DeepSpeed ZeRO-3 or FSDP without gathering look like this; save it again with "
+                "the parameters gathered."
+            )
+        if a.shape[0] != b.shape[1]:
+            raise InputError(
+                f"{a.key} has rank {a.shape[0]} (shape {list(a.shape)}), but {b.key} has rank {b.shape[1]} "
+                f"(shape {list(b.shape)}). The two factors of a module must share their rank."
+            )
+        if not isfinite(self.scaling) or self.scaling == 0:
+            raise InputError(f"{a.key}: a scaling of {self.scaling} would erase the adapter; is lora_alpha right?")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.lora_B.shape[0], self.lora_A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * (self.shape[0] + self.shape[1])
+
+    def turned(self) -> LowRank:
+        """(BA)ᵀ = AᵀBᵀ."""
+        return replace(self, lora_A=self.lora_B.T, lora_B=self.lora_A.T)
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> LowRankKernel:
+        a = loaded(self.lora_A, device, dtype, check)
+        b = loaded(self.lora_B, device, dtype, check) * (self.scaling * strength)
+        return LowRankKernel(a.contiguous(), b.contiguous())
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankKernel:
+    a: torch.Tensor
+    b: torch.Tensor  # already times scaling and strength
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        w.addmm_(self.b[start : start + w.shape[0]], self.a)
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A delta given in full: (out, in). A bias is one of a single column."""
+
+    tensor: Ref
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out, in_ = self.tensor.shape
+        return out, in_
+
+    @property
+    def parameters(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def turned(self) -> Dense:
+        return Dense(self.tensor.T)
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> DenseKernel:
+        return DenseKernel((loaded(self.tensor, device, dtype, check) * strength).contiguous())
+
+
+@dataclass(frozen=True, slots=True)
+class DenseKernel:
+    values: torch.Tensor
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        w.add_(self.values[start : start + w.shape[0]])
+
+
+def loaded(promise: Ref, device: str, dtype: torch.dtype, check: bool = True) -> torch.Tensor:
+    """The values of a promise. With ``check``, NaN and Inf raise InputError: one of them spreads to whole rows."""
+    values = promise.load()
+    if check and not values.isfinite().all():
+        bad = int(values.numel() - values.isfinite().sum())
+        raise InputError(
+            f"{promise.key} holds {bad} values that are NaN or Inf, of {values.numel()}: the training diverged or the "
+            "file is damaged. Use an earlier checkpoint; --allow-nonfinite merges it all the same."
+        )
+    return values.to(device=device, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """DoRA's m, one number per output (axis "out") or per input (axis "in"): arXiv 2402.09353.
+
+    ``W' = (m / ‖V‖) ⊙ V`` with ``V = W + delta``; the norm runs along the other axis.
+    """
+
+    vector: Ref
+    axis: Axis = "out"
+
+    def __post_init__(self) -> None:
+        if len(self.vector.shape) != 1:
+            raise InputError(f"{self.vector.key}: a magnitude is a vector, not of shape {list(self.vector.shape)}.")
+
+    def turned(self) -> Magnitude:
+        return replace(self, axis="in" if self.axis == "out" else "out")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one module gains. DoRA iff ``magnitude`` is there; there is no second flag.
+
+    ``module`` is the path in the model as it was trained. ``bias`` is added to the module's bias, already scaled.
+    ``kernel_size`` is (in, k, …) of a conv weight, whose factors are given flat. An embedding is (out = dim,
+    in = vocabulary). ``transposed`` says what the adapter claims of the base: True for a weight stored (in, out).
+    """
+
+    module: str
+    delta: Delta
+    magnitude: Magnitude | None = None
+    bias: Ref | None = None
+    kind: Kind = "linear"
+    kernel_size: tuple[int, ...] = ()
+    transposed: bool | None = None
+
+    def __post_init__(self) -> None:
+        out, in_ = self.delta.shape
+        if self.magnitude is not None:
+            expected = out if self.magnitude.axis == "out" else in_
+            found = self.magnitude.vector.shape[0]
+            if found != expected:
+                raise InputError(
+                    f"{self.magnitude.vector.key} has {found} entries, but the factors of {self.module} update a "
+                    f"matrix with {expected} {'outputs' if self.magnitude.axis == 'out' else 'inputs'}."
+                )
+        if self.bias is not None and self.bias.shape != (out,):
+            raise InputError(f"{self.bias.key} has shape {list(self.bias.shape)}; {self.module} has {out} outputs.")
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A whole trained tensor that takes the base's place (modules_to_save, a trained bias, a resized embedding).
+
+    ``shared``: the training wrote into the base's own parameter, so whatever was tied to it changed with it; otherwise
+    it was a copy beside the base, and a tied partner kept its value.
+    """
+
+    tensor: Ref
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates (one per module), replacements (by the parameter's name as trained), and where they came from.
+
+    ``extra`` keeps the foreign configuration, so that writing the same format again loses nothing; ``notes`` are
+    sentences for the user: what was left aside, what is unusual.
+    """
+
+    updates: tuple[Update, ...]
+    replaced: Mapping[str, Replacement] = field(default_factory=dict)
+    base_model: str | None = None
+    format: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for update in self.updates:
+            if update.module in seen:
+                raise InputError(f"The adapter updates {update.module} twice.")
+            seen.add(update.module)
+        if not self.updates and not self.replaced:
+            raise InputError("The adapter holds no update and no trained tensor: there is nothing in it to use.")
+
+    @property
+    def is_dora(self) -> bool:
+        return any(update.magnitude is not None for update in self.updates)

@@ -1,0 +1,335 @@
+"""The operations, each composed of the rest in a few lines: what the command line and Python users call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import companions, containers, formats, hub
+from .adapter import Adapter
+from .binding import Binding, bind
+from .checkpoint import Checkpoint, Deferred
+from .containers.safetensors import lay_out
+from .dtypes import DTYPES, dtype_named
+from .errors import InputError, TargetError, UsageError
+from .layout import Computed, File, Layout
+from .summary import Summary, summarise
+from .write import Progress, check_room, check_target, write
+
+if TYPE_CHECKING:
+    from .merged import LazyTensors, Merged
+
+AdapterLike = Adapter | str | Path
+BaseLike = Checkpoint | str | Path
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The weights of a model or adapter (directory, file or hub id) as a Checkpoint. Raises InputError."""
+    return containers.open_checkpoint(hub.resolve(path, "base"))
+
+
+def read_adapter(path: str | Path, format: str | None = None) -> Adapter:
+    """An adapter from a directory, file or hub id; ``format`` overrides detection. Raises InputError, UsageError."""
+    return _read(path, format)[0].adapter
+
+
+def _read(path: str | Path, format: str | None = None) -> tuple[formats.Reading, Path]:
+    place = _adapter_home(hub.resolve(path, "adapter"))
+    return formats.read(containers.open_checkpoint(place), str(path), format), place
+
+
+def _adapter_home(path: Path) -> Path:
+    """``path``, or its one subdirectory that holds an adapter: PEFT saves those of another name than default there."""
+    names = ("adapter_config.json", *containers.ADAPTER_FILES)
+    if not path.is_dir() or any((path / name).exists() for name in names):
+        return path
+    inner = sorted(p.parent for p in path.glob("*/adapter_config.json"))
+    if len(inner) > 1:
+        raise InputError(f"{path} holds several adapters ({', '.join(p.name for p in inner)}); name one of them.")
+    return inner[0] if inner else path
+
+
+def write_adapter(adapter: Adapter, path: str | Path, format: str = "peft", force: bool = False) -> None:
+    """Write an adapter as a directory of another tool. Raises TargetError for what that format cannot hold."""
+    known = formats.formats()
+    if format not in known:
+        raise UsageError(f"There is no format '{format}'; known are {', '.join(sorted(known))}.")
+    writer = known[format].write
+    if writer is None:
+        raise TargetError(f"Format '{format}' can be read, not written.")
+    written = writer(adapter)
+    files = lay_out(written.tensors, file=written.file)
+    files += [File(name, (data,)) for name, data in written.documents.items()]
+    layout, folder = Layout(files), Path(path)
+    check_target(layout, folder, (), force)
+    check_room(layout, folder)
+    write(written.tensors, layout, folder)
+
+
+def inspect(path: str | Path, base: BaseLike | None = None, stats: bool = False, format: str | None = None) -> Summary:
+    """What is in an adapter.
+
+    With ``base``, also where each module goes, refused as a merge would be; ``stats`` reads the values.
+    """
+    reading, _ = _read(path, format)
+    placed: dict[str, str] = {}
+    if base is not None:
+        binding = bind([(reading.adapter, 1.0)], _base(base))
+        placed = {b.module: name for name, bounds in binding.bound.items() for b in bounds if name.endswith("weight")}
+    return summarise(reading.adapter, str(path), reading.left_out, stats, placed)
+
+
+def _base(base: BaseLike) -> Checkpoint:
+    if isinstance(base, str | Path):
+        return containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES)
+    return base
+
+
+def _adapters(adapter: AdapterLike | Sequence[AdapterLike], strength: float | Sequence[float]) -> list[_Input]:
+    many = [adapter] if isinstance(adapter, Adapter | str | Path) else list(adapter)
+    strengths = [float(strength)] * len(many) if isinstance(strength, int | float) else [float(s) for s in strength]
+    if not many:
+        raise UsageError("There is no adapter to merge.")
+    if len(strengths) != len(many):
+        raise UsageError(f"{len(many)} adapters, but {len(strengths)} strengths: give one for each, or one for all.")
+    inputs = []
+    for one, s in zip(many, strengths, strict=True):
+        if isinstance(one, Adapter):
+            inputs.append(_Input(one, s))
+        else:
+            reading, place = _read(one)
+            inputs.append(_Input(reading.adapter, s, str(one), place, reading.left_out))
+    return inputs
+
+
+@dataclass(frozen=True)
+class _Input:
+    adapter: Adapter
+    strength: float
+    name: str = "(in memory)"
+    place: Path | None = None
+    left_out: Any = field(default_factory=dict)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files that the adapter was read from."""
+        if self.place is None:
+            return {}
+        names = (*containers.ADAPTER_FILES, "adapter_config.json")
+        files = [self.place / n for n in names if (self.place / n).is_file()] if self.place.is_dir() else [self.place]
+        return {path.name: _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def merged(
+    adapter: AdapterLike | Sequence[AdapterLike],
+    base: BaseLike,
+    *,
+    strength: float | Sequence[float] = 1.0,
+    device: str = "cpu",
+) -> LazyTensors:
+    """The merged model as a mapping of names to lazy tensors (``shape``, ``dtype``, ``[...]`` → tensor).
+
+    Nothing is written; a tensor is computed when it is asked for, and only it. Fits transformers' ``state_dict=``.
+    """
+    from .merged import LazyTensors, Merged
+
+    inputs = _adapters(adapter, strength)
+    return LazyTensors(Merged(bind([(i.adapter, i.strength) for i in inputs], _base(base)), device))
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge of which everything is known and nothing is done: see ``plan_merge``."""
+
+    binding: Binding
+    layout: Layout
+    out: Path
+    free: int
+    threads: int
+    merged: Deferred
+    inputs: tuple[_Input, ...]
+    base_name: str
+    options: dict[str, Any]
+    with_card: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the user: from reading, from binding."""
+        left = [f"{i.name}: left out {name}: {why}" for i in self.inputs for name, why in i.left_out.items()]
+        return [*(n for i in self.inputs for n in i.adapter.notes), *left, *self.binding.notes]
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """What happens to the base's tensors: kind → (tensors, bytes written)."""
+        rows = dict.fromkeys(("merged", "replaced", "added", "converted", "copied"), (0, 0))
+        known = self.merged.tensors
+        written = {p.name: p for f in self.layout.files for p in f.pieces if isinstance(p, Computed)}
+        for name, info in known.items():
+            kind = (
+                "merged"
+                if name in self.binding.bound
+                else "added"
+                if name in self.binding.added
+                else "replaced"
+                if name in self.binding.replaced
+                else "converted"
+                if name in written and written[name].dtype != info.dtype
+                else "copied"
+            )
+            count, size = rows[kind]
+            rows[kind] = count + 1, size + (written[name].length if name in written else info.nbytes)
+        return {kind: row for kind, row in rows.items() if row[0]}
+
+    @property
+    def memory(self) -> int:
+        """Estimated peak above ``import torch``, in bytes: buffers of the threads, and the factors in use."""
+        factors = sorted(
+            (4 * sum(b.delta.parameters for b in bounds) for bounds in self.binding.bound.values()), reverse=True
+        )
+        widest = max((i.width for n, i in self.merged.tensors.items() if n in self.binding.bound), default=0)
+        return self.threads * 8 * max(1 << 20, 3 * widest) + 2 * sum(factors[:8]) + (24 << 20)
+
+    def run(self, progress: Progress | None = None) -> Merged | None:
+        """Write it. Returns the Merged that was computed, with its statistics; None where there was none to compute."""
+        made: list[Any] = []
+
+        def closing() -> Iterable[File]:
+            if "made" in vars(self.merged):
+                made.append(self.merged.made)
+            return [self._manifest(made[0] if made else None)] if self.with_card else []
+
+        write(self.merged, self.layout, self.out, threads=self.threads, progress=progress, closing=closing)
+        return made[0] if made else None
+
+    def _manifest(self, result: Merged | None) -> File:
+        from . import __version__
+
+        modules: dict[str, Any] = {}
+        for name, bounds in self.binding.bound.items():
+            entry: dict[str, Any] = {"modules": sorted({b.module for b in bounds})}
+            if result is not None:
+                change = result.change(name)
+                if self.options["stats"]:
+                    entry["relative_change"] = change.relative
+                if change.zeros:
+                    entry["rows_without_direction"] = change.zeros
+            modules[name] = entry
+        base_files = {}
+        for file, header in sorted(self.merged.metadata.get("headers", {}).items()):
+            info = [i for i in self.merged.tensors.values() if i.file == file]
+            base_files[file] = {
+                "header_sha256": hashlib.sha256(header.raw).hexdigest(),
+                "size": len(header.raw) + sum(i.nbytes for i in info),
+            }
+        return companions.manifest(
+            {
+                "dora_tools": __version__,
+                "base": {"name": self.base_name, "files": base_files},
+                "adapters": [
+                    {"name": i.name, "format": i.adapter.format, "strength": i.strength, "sha256": i.digests()}
+                    for i in self.inputs
+                ],
+                "options": self.options,
+                "merged": modules,
+                "replaced": list(self.binding.replaced),
+                "added": list(self.binding.added),
+            }
+        )
+
+
+def plan_merge(
+    adapter: AdapterLike | Sequence[AdapterLike],
+    base: BaseLike | None,
+    out: str | Path,
+    *,
+    strength: float | Sequence[float] = 1.0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    max_shard_size: int | None = None,
+    stats: bool = False,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    threads: int | None = None,
+) -> MergePlan:
+    """Read, bind, lay out and check a merge without writing anything: all that can fail from names, shapes and space.
+
+    ``base`` None: the model that the adapter names. ``out``: a directory, or for a base that is one file also a
+    ``.safetensors`` file. Raises any error of ``errors``.
+    """
+    import os
+
+    inputs = _adapters(adapter, strength)
+    names = [i.adapter.base_model for i in inputs if i.adapter.base_model]
+    if base is None:
+        if not names:
+            raise UsageError("The adapter does not name its base model; give it with --base.")
+        base = names[0]
+    place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
+    checkpoint = containers.open_checkpoint(place, containers.BASE_FILES) if place else base
+    assert not isinstance(checkpoint, str | Path)
+    binding = bind([(i.adapter, i.strength) for i in inputs], checkpoint)
+
+    target = dtype_named(dtype) if dtype else None
+    tensors = binding.base.tensors
+    dtypes = {n: target for n, i in tensors.items() if DTYPES[i.dtype].floating} if target else {}
+    folder, file = Path(out), None
+    if folder.suffix == ".safetensors":
+        if place is None or place.is_dir() or max_shard_size is not None:
+            raise UsageError(f"{out} names one file, which needs a base that is one file; give a directory.")
+        folder, file = folder.parent, folder.name
+    worker_count = threads or min(8, os.cpu_count() or 1)
+
+    def make() -> Checkpoint:
+        from .merged import Merged
+
+        return Merged(binding, device, stats, allow_nonfinite)
+
+    result = Deferred(binding.base, binding.bound, make)
+    files = lay_out(result, dtypes=dtypes, max_shard_size=max_shard_size, file=file)
+    base_name = names[0] if names else str(base) if place else "(in memory)"
+    with_card = file is None
+    if with_card:
+        index = [f for f in files if f.path.endswith(".index.json")]
+        files = [f for f in files if f not in index]
+        if place is not None and place.is_dir():
+            files += companions.copied(place, binding.config, DTYPES[target].torch if target else None)
+        counted = (
+            f"{len(binding.bound)} tensors merged, {len(binding.replaced) + len(binding.added)} replaced or added."
+        )
+        labels = [f"{i.name}, strength {i.strength:g}" if i.strength != 1 else i.name for i in inputs]
+        files += [companions.card(folder.resolve().name, base_name, labels, counted), *index]
+    layout = Layout(files)
+    read_from = [p for p in (place, *(i.place for i in inputs)) if p is not None]
+    if file is None:
+        check_target(layout, folder, read_from, force)
+    elif (folder / file).exists() and (not force or any((folder / file).samefile(p) for p in read_from)):
+        raise UsageError(f"{out} exists; choose another name, or let --force replace it (never an input).")
+    options = {
+        "dtype": dtype,
+        "device": device,
+        "max_shard_size": max_shard_size,
+        "stats": stats,
+        "allow_nonfinite": allow_nonfinite,
+    }
+    free = check_room(layout, folder)
+    return MergePlan(binding, layout, folder, free, worker_count, result, tuple(inputs), base_name, options, with_card)
+
+
+def merge(
+    adapter: AdapterLike | Sequence[AdapterLike],
+    base: BaseLike | None,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> MergePlan:
+    """Merge adapters into the dense weights of a base and write them as ``out``: see ``plan_merge`` for the options."""
+    plan = plan_merge(adapter, base, out, **options)
+    plan.run(progress)
+    return plan

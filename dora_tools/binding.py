@@ -1,0 +1,372 @@
+"""Which base tensor each update and each replacement lands on, and what the config must say afterwards.
+
+Works on names and shapes alone, so everything that does not fit is said before a byte is read or written. The result
+is a *view* of the base (replacements laid over it, tied heads given a tensor of their own, conv weights as matrices)
+and, for every tensor that changes, its updates turned the way the base stores it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Update
+from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay
+from .dtypes import DTYPES
+from .errors import FitError, TargetError, UnsupportedError
+from .names.ties import ALWAYS_TIED, CONV1D_MODELS, TIED_HEADS
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One update on one stored matrix: ``delta`` and ``magnitude`` as the base stores it, rows first."""
+
+    module: str
+    delta: Delta
+    magnitude: Magnitude | None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Binding:
+    """The base as a view, the updates of each of its tensors, and the edited config (None: as it was)."""
+
+    base: Checkpoint
+    bound: Mapping[str, tuple[Bound, ...]]
+    replaced: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Plan:
+    """A binding in the making."""
+
+    base: Checkpoint
+    config: dict[str, Any]
+    updates: dict[str, list[tuple[Update, float]]] = field(default_factory=dict)
+    replaced: dict[str, Replacement] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    trained_on: str = ""
+
+    def knows(self, name: str) -> bool:
+        return name in self.base.tensors or name in self.aliases or name in self.replaced
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.replaced:
+            return self.replaced[name].tensor.shape
+        return self.base.tensors[self.aliases.get(name, name)].shape
+
+
+def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding:
+    """Place every update and replacement of the adapters, each with its strength. Raises FitError, TargetError."""
+    original = base.metadata.get("config") or {}
+    if original.get("quantization_config"):
+        method = original["quantization_config"].get("quant_method", "an unnamed method")
+        raise UnsupportedError(
+            f"The base is quantised ({method}); dora-tools merges into dense weights. Give the base it was made from, "
+            "or a dequantised copy."
+        )
+    plan = _Plan(base, deepcopy(original))
+    for adapter, strength in adapters:
+        _place(adapter, strength, plan)
+    _resolve_ties(plan)
+    _fit_vocabulary(plan)
+    added = tuple(name for name in (*plan.replaced, *plan.aliases) if name not in base.tensors)
+    view = arranged(base, plan.aliases)
+    view = overlay(view, _replacements(plan, view))
+    bound, widths = _orient(plan, view)
+    if widths:
+        view = arranged(view, widths=widths)
+    return Binding(
+        view,
+        bound,
+        tuple(name for name in plan.replaced if name not in added),
+        added,
+        plan.config if plan.config != original else None,
+        tuple(plan.notes),
+    )
+
+
+def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
+    """Give every name of the adapter its name in the base, or refuse them all together."""
+    known = plan.base.tensors
+    if adapter.base_model:
+        plan.trained_on = f" The adapter names '{adapter.base_model}' as its base."
+    weights = {update.module: f"{update.module}.weight" for update in adapter.updates}
+    rename = _prefix_rule([*weights.values(), *adapter.replaced], known)
+    if rename != ("", ""):
+        plan.notes.append(f"Names: the adapter's '{rename[0]}…' is the base's '{rename[1]}…'.")
+
+    def place(name: str) -> str:
+        renamed = rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name
+        return renamed if renamed in known or name not in known else name
+
+    heads = {head for _, head in _tied_pairs(known)}
+    unplaced: list[str] = []
+    for update in adapter.updates:
+        name = place(weights[update.module])
+        if name not in known and name not in heads:
+            unplaced.append(name)
+        plan.updates.setdefault(name, []).append((update, strength))
+        if update.bias is not None:
+            bias = name.removesuffix("weight") + "bias"
+            if bias not in known:
+                raise FitError(
+                    f"{update.module} has a trained LoRA bias ({update.bias.key}), but the base has no {bias} to add "
+                    "it to."
+                )
+            delta = Dense(update.bias.reshape(-1, 1))
+            plan.updates.setdefault(bias, []).append((Update(update.module, delta), strength))
+    for original, replacement in adapter.replaced.items():
+        name = place(original)
+        if name not in known and name not in heads and replacement.shared:
+            unplaced.append(name)
+        if name in plan.replaced:
+            raise FitError(f"Two of the adapters replace {name} with tensors of their own; only one can be merged.")
+        if strength != 1.0:
+            raise FitError(
+                f"The adapter replaces {name} as a whole, which a strength of {strength:g} cannot do by half."
+            )
+        plan.replaced[name] = replacement
+        if name not in known and name not in heads:
+            plan.notes.append(f"{name} is not in the base; it is added, as the adapter saved it whole.")
+    if unplaced:
+        raise FitError(_unplaced_sentence(unplaced, len(weights) + len(adapter.replaced), plan))
+
+
+def _unplaced_sentence(unplaced: list[str], total: int, plan: _Plan) -> str:
+    base = plan.base
+    first = unplaced[0]
+    stem = first.removesuffix("weight")
+    packed = next((n for n in base.tensors if n.startswith(stem) and n != stem + "bias"), None)
+    if packed:
+        hint = f"The base has {packed} there, which is not a plain weight"
+    else:
+        near = names_near(first, list(base.tensors))
+        hint = f"The nearest names in the base are {', '.join(near)}" if near else "Nothing in the base has such a name"
+    more = f" (and {', '.join(unplaced[1:3])}{', …' if len(unplaced) > 3 else ''})" if len(unplaced) > 1 else ""
+    return (
+        f"{len(unplaced)} of the adapter's {total} tensors and modules have no place in the base: {first}{more}. "
+        f"{hint}. Is this the right base model?{plan.trained_on}"
+    )
+
+
+def _prefix_rule(names: Sequence[str], known: Mapping[str, TensorInfo]) -> tuple[str, str]:
+    """The one prefix that is dropped and the one that is put in its place, so that the most names meet a tensor.
+
+    Names as they are win over every rule. Raises FitError where two rules fit equally well.
+    """
+    if all(name in known for name in names):
+        return "", ""
+    by_end: dict[str, list[str]] = {}
+    for name in known:
+        by_end.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+    samples = sorted(names)[:: max(1, len(names) // 8)]
+    rules = {("", "")}
+    for sample in samples:
+        segments = sample.split(".")
+        for cut in range(len(segments) - 1):
+            rest = ".".join(segments[cut:])
+            drop = ".".join(segments[:cut]) + "." * bool(cut)
+            for found in by_end.get(".".join(segments[-2:]), ()):
+                if found == rest or found.endswith(f".{rest}"):
+                    rules.add((drop, found.removesuffix(rest)))
+    rules = {(drop, add) for drop, add in rules if drop != add or not drop}
+
+    def met(rule: tuple[str, str]) -> frozenset[str]:
+        drop, add = rule
+        return frozenset(add + n.removeprefix(drop) for n in names if n.startswith(drop)) & known.keys()
+
+    scores = {rule: met(rule) for rule in rules}
+    most = max(len(found) for found in scores.values())
+    best = sorted((rule for rule, found in scores.items() if len(found) == most), key=lambda r: (len(r[0]), len(r[1])))
+    if ("", "") in best:
+        return "", ""
+    if len({scores[rule] for rule in best}) > 1:
+        a, b = best[0], best[1]
+        raise FitError(
+            f"The adapter's names fit the base in two ways: '{a[0]}…' as '{a[1]}…' and '{b[0]}…' as '{b[1]}…'. "
+            "Which part of the model was it trained on?"
+        )
+    return best[0]
+
+
+def _tied_pairs(known: Mapping[str, TensorInfo]) -> list[tuple[str, str]]:
+    """(embedding, head) names in this base; a file saved without its model's prefix has the embedding without it."""
+    pairs: list[tuple[str, str]] = []
+    for embedding, head in TIED_HEADS:
+        for name in (embedding, embedding.partition(".")[2]):
+            if name in known and name.count(".") and not any(name == e for e, _ in pairs):
+                pairs.append((name, head))
+    return pairs
+
+
+def _resolve_ties(plan: _Plan) -> None:
+    """Where input embedding and output head share one weight, keep that only while both ends still agree.
+
+    An end that has neither an update nor a saved copy keeps the base's value: that is what the adapter model's forward
+    pass used. Different ends get a tensor each, and the config says so.
+    """
+    known = plan.base.tensors
+    for embedding, head in _tied_pairs(known):
+        ends = {name for name in (embedding, head) if name in plan.updates or name in plan.replaced}
+        if not ends or _setting(plan.config, "tie_word_embeddings") is False:
+            continue
+        if head not in known and head not in ends and not _has_head(plan.config):
+            continue
+        ours, theirs = plan.replaced.get(embedding), plan.replaced.get(head)
+        if ours and ours.shared and theirs is None:
+            theirs = plan.replaced[head] = ours
+        if not plan.updates.keys() & ends and _equal(ours, theirs):
+            if head not in known:
+                plan.replaced.pop(head, None)
+            continue
+        if plan.config.get("model_type") in ALWAYS_TIED:
+            raise TargetError(
+                f"The adapter makes {head} and {embedding} differ, but {plan.config['model_type']} models tie them "
+                "whatever their config says, so no checkpoint can hold the result. Train both ends or neither."
+            )
+        if head not in known and head not in plan.replaced:
+            plan.aliases[head] = embedding
+        _set(plan.config, "tie_word_embeddings", False)
+        plan.notes.append(f"{head} and {embedding} were one weight and now differ: untied, in the config too.")
+
+
+def _equal(a: Replacement | None, b: Replacement | None) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    return a.tensor.shape == b.tensor.shape and bool((a.tensor.load() == b.tensor.load()).all())
+
+
+def _has_head(config: Mapping[str, Any]) -> bool:
+    architectures = config.get("architectures") or [""]
+    return not str(architectures[0]).endswith("Model")
+
+
+def _setting(config: Mapping[str, Any], key: str) -> Any:
+    """A setting of the model, or of its text part in a multimodal config."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, Mapping) else None)
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    if not config:
+        return  # the base has no config.json to edit
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        text[key] = value
+    if not isinstance(text, dict) or key in config or key == "tie_word_embeddings":
+        config[key] = value
+
+
+def _fit_vocabulary(plan: _Plan) -> None:
+    """A replacement of the base's shape, or of another number of rows where that is the vocabulary."""
+    pairs = _tied_pairs(plan.base.tensors)
+    vocabulary = {name for pair in pairs for name in pair}
+    for name, replacement in plan.replaced.items():
+        info = plan.base.tensors.get(name)
+        found = replacement.tensor.shape
+        if info is None or info.shape == found:
+            continue
+        if name not in vocabulary or info.shape[1:] != found[1:]:
+            raise FitError(
+                f"{replacement.tensor.key} replaces {name} and has shape {list(found)}, but the base's, in "
+                f"{info.file}, has {list(info.shape)}. Is this the right base model?"
+            )
+        old, new = _setting(plan.config, "vocab_size"), found[0]
+        _set(plan.config, "vocab_size", new)
+        plan.notes.append(f"{name} has {new} rows where the base had {info.shape[0]}: vocab_size {old} becomes {new}.")
+    for embedding, head in pairs:
+        if (embedding in plan.replaced or head in plan.replaced) and plan.knows(head):
+            rows, head_rows = plan.shape(embedding)[0], plan.shape(head)[0]
+            if rows != head_rows:
+                raise FitError(
+                    f"{embedding} would have {rows} rows and {head} {head_rows}: the adapter resized only one of them, "
+                    "and no config can describe that."
+                )
+
+
+def _replacements(plan: _Plan, view: Checkpoint) -> Tensors:
+    """The replacements as a checkpoint; those that are new take the base's commonest type and its last file."""
+    floats = Counter(info.dtype for info in view.tensors.values() if DTYPES[info.dtype].floating)
+    dtype = floats.most_common(1)[0][0] if floats else "F32"
+    last = max((info.file for info in view.tensors.values()), default="model.safetensors")
+    return Tensors({n: replace(r.tensor, dtype=dtype) for n, r in plan.replaced.items()}, last)
+
+
+def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]], dict[str, int]]:
+    """Every update checked against the shape of its tensor and turned to it; and the row widths of conv weights."""
+    bound: dict[str, tuple[Bound, ...]] = {}
+    widths: dict[str, int] = {}
+    turned = _turned_rule(plan, view)
+    for name, updates in plan.updates.items():
+        info = view.tensors[name]
+        if not DTYPES[info.dtype].floating:
+            raise UnsupportedError(
+                f"{name} is stored as {info.dtype} in {info.file}: a quantised base. Give the base it was made from, "
+                "or a dequantised copy."
+            )
+        bounds = []
+        for update, strength in updates:
+            out, in_ = update.delta.shape
+            stored = (info.shape[0], prod(info.shape[1:]))
+            turn = update.kind == "embedding" or (update.kind == "linear" and turned(update, stored))
+            expected = (in_, out) if turn else (out, in_)
+            conv_fits = not update.kernel_size or info.shape[1:] == update.kernel_size
+            if stored != expected or not conv_fits:
+                raise FitError(_misfit_sentence(update, expected, info, plan))
+            if len(info.shape) > 2:
+                widths[name] = stored[1]
+            magnitude = update.magnitude
+            bounds.append(
+                Bound(
+                    update.module,
+                    update.delta.turned() if turn else update.delta,
+                    magnitude.turned() if magnitude and turn else magnitude,
+                    strength,
+                )
+            )
+        bound[name] = tuple(bounds)
+    return bound, widths
+
+
+def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, int]], bool]:
+    """How linear weights of this base are stored: by shape, and where a square one cannot tell, by the architecture,
+    by the other modules of the adapter, by the adapter's own flag, in this order.
+    """
+    model_type = plan.config.get("model_type")
+    conv1d = model_type in CONV1D_MODELS
+    seen = set()
+    for name, updates in plan.updates.items():
+        shape = view.tensors[name].shape
+        for update, _ in updates:
+            out, in_ = update.delta.shape
+            if update.kind == "linear" and out != in_ and shape in {(out, in_), (in_, out)}:
+                seen.add(shape == (in_, out))
+
+    def turned(update: Update, stored: tuple[int, int]) -> bool:
+        out, in_ = update.delta.shape
+        may = conv1d or update.transposed or not model_type
+        if out != in_:
+            return stored == (in_, out) and bool(may)
+        if model_type is not None and (conv1d or len(seen) != 1):
+            return conv1d
+        return seen == {True} or (not seen and bool(update.transposed))
+
+    return turned
+
+
+def _misfit_sentence(update: Update, expected: tuple[int, ...], info: TensorInfo, plan: _Plan) -> str:
+    out, in_ = update.delta.shape
+    shape, wanted = list(info.shape), list((out, *update.kernel_size) if update.kernel_size else expected)
+    return (
+        f"{update.module}: the adapter updates a weight of {out} outputs and {in_} inputs, but the base weight in "
+        f"{info.file} has shape {shape} (expected {wanted}). Is this the right base model?{plan.trained_on}"
+    )

@@ -1,0 +1,176 @@
+"""``dora-tools merge``."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..api import MergePlan
+    from ..merged import Merged
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class _Size(click.ParamType[int]):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
+        if match is None or match[2] not in _UNITS or not float(match[1]):
+            self.fail(f"'{value}' is not a size; write 5GB, 800MB or 2GiB.", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+@click.command("merge")
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+@click.option("--base", metavar="BASE", help="The model to merge into. Default: the one that the adapter names.")
+@click.option("-o", "--out", required=True, metavar="OUT", help="Directory to write (a file, if BASE is one).")
+@click.option(
+    "--strength", type=float, multiple=True, metavar="W", help="W' = W + w·(merged − W); once, or per adapter."
+)
+@click.option(
+    "--dtype", metavar="TYPE", help="Write floating weights as float32, bfloat16 or float16. Default: as BASE."
+)
+@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1 or auto.")
+@click.option("--max-shard-size", type=_Size(), metavar="SIZE", help="Deal the weights out again, e.g. 5GB.")
+@click.option("--threads", type=click.IntRange(1, 64), help="Worker threads. Default: one for each core, at most 8.")
+@click.option("--stats", is_flag=True, help="Measure each tensor's relative change ‖W'−W‖/‖W‖ and print the table.")
+@click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
+@click.option(
+    "--force", is_flag=True, help="Write into a directory that is not empty, replacing files of the same name."
+)
+@click.option("--allow-nonfinite", is_flag=True, help="Merge although the adapter or a result holds NaN or Inf.")
+@click.option("--json", "as_json", is_flag=True, help="Print a report as JSON (a versioned schema) on stdout.")
+def command(
+    adapters: tuple[str, ...],
+    base: str | None,
+    out: str,
+    strength: tuple[float, ...],
+    device: str,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Merge ADAPTERs into the dense weights of BASE.
+
+    OUT gets BASE's own files: the same shards, names, order and stored types, with config, tokenizer and index, a card
+    and a manifest (dora_tools.json). Tensors that the adapters do not touch are copied byte for byte.
+    """
+    from .. import api
+
+    weights: Any = strength[0] if len(strength) == 1 else list(strength) or 1.0
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = api.plan_merge(list(adapters), base, out, strength=weights, device=device, **options)
+    for note in plan.notes:
+        click.echo(f"note: {note}", err=True)
+    result, seconds = None, 0.0
+    if not dry_run:
+        start = time.monotonic()
+        with _progress(plan.layout.size) as advance:
+            result = plan.run(advance)
+        seconds = time.monotonic() - start
+    if as_json:
+        import json
+
+        click.echo(json.dumps(_report(plan, result, dry_run, seconds), ensure_ascii=False))
+    else:
+        _print(plan, result, dry_run, seconds, options["stats"])
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in bytes with rate and time left on a terminal; else a plain line for each tenth of a long run."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress("merging", *columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("merging", total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, start, said = 0, time.monotonic(), 0
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        elapsed = time.monotonic() - start
+        if elapsed > 5 and done * 10 // total > said and done < total:
+            said = done * 10 // total
+            rate = done / elapsed
+            click.echo(
+                f"merging: {said * 10} % of {_human(total)}, {_human(rate)}/s, {(total - done) / rate:.0f} s left",
+                err=True,
+            )
+
+    yield advance
+
+
+def _human(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
+
+
+def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "schema": "dora-tools/merge/1",
+        "out": str(plan.out),
+        "dry_run": dry_run,
+        "tensors": {kind: {"count": count, "bytes": size} for kind, (count, size) in plan.counts().items()},
+        "bytes": plan.layout.size,
+        "files": [file.path for file in plan.layout.files],
+        "estimated_memory_bytes": plan.memory,
+        "free_bytes": plan.free,
+        "notes": plan.notes,
+    }
+    if result is not None:
+        report["seconds"] = round(seconds, 3)
+        report["rows_without_direction"] = {n: z for n in result.merged if (z := result.zeros(n))}
+        if plan.options["stats"]:
+            report["relative_change"] = {name: result.change(name).relative for name in result.merged}
+    return report
+
+
+def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float, stats: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensors")
+    table.add_column("count", justify="right")
+    table.add_column("bytes", justify="right")
+    for kind, (count, size) in plan.counts().items():
+        table.add_row(kind, str(count), _human(size))
+    console.print(table)
+    if result is not None and stats:
+        changes = {name: result.change(name) for name in result.merged}
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("tensor")
+        table.add_column("‖W'−W‖/‖W‖", justify="right")
+        for name, change in changes.items():
+            table.add_row(name, f"{change.relative:.3e}")
+        console.print(table)
+    zeros = sum(result.zeros(name) for name in result.merged) if result is not None else 0
+    if zeros:
+        console.print(f"note: {zeros} rows have no direction (norm 0) and were left as W + s·BA.")
+    if dry_run:
+        console.print(
+            f"Would write {_human(plan.layout.size)} in {len(plan.layout.files)} files to {plan.out} "
+            f"({_human(plan.free)} free), with about {_human(plan.memory)} of memory above torch itself."
+        )
+    else:
+        console.print(f"Wrote {_human(plan.layout.size)} to {plan.out} in {seconds:.1f} s.")

@@ -1,0 +1,107 @@
+"""Bytes ⇄ Checkpoint and layout. Nothing in here knows of LoRA, save for the file names that tell which is which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint, View
+from ..errors import InputError
+from . import safetensors
+
+# In order of preference within a directory. A base's own weights come before an adapter that lies beside them.
+BASE_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_DOCUMENTS = {"config": "config.json", "adapter_config": "adapter_config.json"}
+
+
+def open_checkpoint(path: Path, patterns: Iterable[str] = (*ADAPTER_FILES, *BASE_FILES)) -> Checkpoint:
+    """The tensors of a file, or of a directory's weights: the first of ``patterns`` that is there.
+
+    ``metadata`` also gets the directory's ``config`` and ``adapter_config``. Raises InputError for what is not there,
+    not readable, or ambiguous.
+    """
+    if path.is_dir():
+        return _open_file(_choose(path, patterns), path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist.")
+    return _open_file(path, path.parent)
+
+
+def _choose(folder: Path, patterns: Iterable[str]) -> Path:
+    for pattern in patterns:
+        found = sorted(p for p in folder.glob(pattern) if p.name not in ADAPTER_FILES or pattern in ADAPTER_FILES)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(
+                f"{folder} holds several checkpoints ({', '.join(p.name for p in found[:4])}) and no "
+                "model.safetensors.index.json that says which belong together; name one file."
+            )
+    here = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+    raise InputError(f"{folder} holds no weights that can be read (looked for {', '.join(patterns)}; there is {here}).")
+
+
+def _open_file(path: Path, folder: Path) -> Checkpoint:
+    documents = {key: _document(folder / name) for key, name in _DOCUMENTS.items() if (folder / name).is_file()}
+    if path.name.endswith(".bin.index.json"):
+        from .torch_pickle import open_torch
+
+        weight_map = safetensors.read_weight_map(path)
+        parts = [open_torch(shard) for shard in safetensors.shard_paths(path, weight_map)]
+        return _joined(parts, {**documents, "index": path.name})
+    if path.name.endswith(".index.json"):
+        return safetensors.open_index(path, documents)
+    if _is_pickle(path):
+        from .torch_pickle import open_torch
+
+        return _joined([open_torch(path)], documents)
+    return safetensors.SafetensorsCheckpoint([path], documents)
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return False
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+    return head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04") or path.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+
+
+def _joined(parts: Iterable[Checkpoint], documents: Mapping[str, Any]) -> Checkpoint:
+    """Several checkpoints as one. Raises InputError for what is no plain tensor, which nothing here could carry on."""
+    parts = list(parts)
+    for part in parts:
+        opaque = part.metadata.get("opaque") or {}
+        if opaque:
+            name, what = next(iter(opaque.items()))
+            raise InputError(
+                f"{len(opaque)} entries of the file are not plain tensors (first: {name}, {what}); quantised or "
+                "distributed tensors must be saved as dense ones first."
+            )
+    sources = {name: (part, name) for part in parts for name in part.tensors}
+    metadata: dict[str, Any] = {key: value for part in parts for key, value in part.metadata.items()}
+    tensors = {name: info for part in parts for name, info in part.tensors.items()}
+    return View(sources, tensors, metadata | dict(documents))
+
+
+def _document(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__} where a JSON object is expected.")
+    return value

@@ -1,0 +1,357 @@
+"""PEFT's LoRA and DoRA directory: ``adapter_config.json`` with ``adapter_model.safetensors`` or ``.bin``.
+
+Keys are ``base_model.model.<module>.<leaf>``. The tensors say which modules and which rank; the config says the
+scaling and whether this is DoRA. A key without an adapter leaf is a whole trained tensor. What a merge would get wrong
+is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isfinite, prod, sqrt
+from typing import Any
+
+from ..adapter import Adapter, LowRank, Magnitude, Replacement, Update
+from ..checkpoint import Checkpoint, Ref, Tensors, ref
+from ..errors import InputError, TargetError, UnsupportedError
+from . import Format, Reading, Written
+
+_LEAVES = {
+    "lora_A": "A",
+    "lora_B": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "m",
+}
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
+_PREFIX = "base_model.model."
+# init_lora_weights that leave the base as it is; every other one trains on a changed base
+_PLAIN_INITS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
+
+
+@dataclass
+class _Module:
+    """What the keys of one module hold, by role."""
+
+    parts: dict[str, str] = field(default_factory=dict)  # A, B, m, bias → key
+    embedding: bool = False
+
+
+def _sniff(checkpoint: Checkpoint) -> bool:
+    return "adapter_config" in checkpoint.metadata
+
+
+def _read(checkpoint: Checkpoint) -> Reading:
+    config = _checked(checkpoint.metadata.get("adapter_config"))
+    modules, replaced, left_out = _sort_keys(checkpoint, config)
+    rank, notes = _Patterns(config, "rank_pattern", "r", 8), []
+    alpha = _Patterns(config, "alpha_pattern", "lora_alpha", 8)
+    updates = [_update(checkpoint, config, path, module, alpha) for path, module in modules.items()]
+    _check_magnitudes(config, updates)
+    for update in updates:
+        delta = update.delta
+        assert isinstance(delta, LowRank)
+        if rank[update.module] != delta.rank:
+            notes.append(
+                f"{update.module}: the config says r = {rank[update.module]:g}, the tensors have {delta.rank}."
+            )
+    notes += rank.notes([u.module for u in updates]) + alpha.notes([u.module for u in updates])
+    if config.get("bias", "none") != "none" and not any(name.endswith("bias") for name in replaced):
+        notes.append(
+            f"The config says bias = '{config['bias']}', but no bias is in the file: PEFT 0.7 to 0.20 did not save the "
+            "biases of adapted layers, so what was trained there is lost."
+        )
+    base = config.get("base_model_name_or_path")
+    adapter = Adapter(
+        tuple(updates),
+        replaced,
+        base if isinstance(base, str) and base else None,
+        "peft",
+        {"peft": config, "modules": tuple(modules)},
+        tuple(notes),
+    )
+    return Reading(adapter, left_out)
+
+
+def _checked(config: Any) -> dict[str, Any]:
+    """The config, if a merge of what it describes is defined. Raises InputError and UnsupportedError."""
+    if not isinstance(config, dict):
+        raise InputError("adapter_config.json is missing or not an object; PEFT writes it beside the weights.")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedError(
+            f"adapter_config.json says peft_type {kind!r}; dora-tools reads LORA (with DoRA) so far."
+        )
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init not in _PLAIN_INITS:
+        raise UnsupportedError(
+            f"init_lora_weights = '{init}' trains against a changed base, so adding this adapter to the original base "
+            "would be wrong. Save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+        )
+    refused = {
+        "layer_replication": "layers are replicated",
+        "alora_invocation_tokens": "activated LoRA depends on the input",
+        "arrow_config": "Arrow routes between adapters by the input",
+        "use_qalora": "QALoRA pools its inputs",
+        "use_bdlora": "BD-LoRA stores block-diagonal factors",
+        "kasa_config": "KaSA changes the base",
+        "target_parameters": "it adapts bare (expert) parameters",
+        "trainable_token_indices": "it replaces single token rows",
+        "ensure_weight_tying": "it adapts tied layers together",
+    }
+    for option, reason in refused.items():
+        if config.get(option):
+            raise UnsupportedError(f"adapter_config.json sets {option} ({reason}); dora-tools cannot merge that yet.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise InputError(
+                f"adapter_config.json: {name} must be an object of pattern → number, not {config[name]!r}."
+            )
+    return config
+
+
+class _Patterns:
+    """PEFT's per-module values: the first pattern in file order that matches the end of the path, else the default."""
+
+    def __init__(self, config: Mapping[str, Any], table: str, default: str, fallback: float) -> None:
+        self._table, self._default = table, config.get(default, fallback)
+        self._rules = []
+        for pattern, value in (config.get(table) or {}).items():
+            try:
+                self._rules.append((pattern, re.compile(rf"(.*\.)?({pattern})$"), value))
+            except re.error as error:
+                raise InputError(
+                    f"adapter_config.json: {table} has the broken pattern '{pattern}' ({error})."
+                ) from error
+        for value in [self._default, *(value for _, _, value in self._rules)]:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+                raise InputError(f"adapter_config.json: {default} or {table} holds {value!r}, which is not a number.")
+
+    def _matching(self, module: str) -> Iterator[tuple[str, float]]:
+        return ((pattern, value) for pattern, rule, value in self._rules if rule.match(module))
+
+    def __getitem__(self, module: str) -> float:
+        return next((value for _, value in self._matching(module)), self._default)
+
+    def notes(self, modules: list[str]) -> list[str]:
+        """Sentences on patterns that match nothing, and on modules where the order of patterns decides."""
+        said: list[str] = []
+        used: set[str] = set()
+        for module in modules:
+            matching = list(self._matching(module))
+            used.update(pattern for pattern, _ in matching)
+            if len({value for _, value in matching}) > 1:
+                said.append(
+                    f"{module}: {self._table} has {len(matching)} patterns that match; '{matching[0][0]}' comes first "
+                    "in the file and is used, as PEFT does on loading, but training may have used another."
+                )
+        said += [f"{self._table}: '{p}' matches no module." for p, _, _ in self._rules if p not in used]
+        return said
+
+
+def _sort_keys(
+    checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> tuple[dict[str, _Module], dict[str, Replacement], dict[str, str]]:
+    """Every key to a module's role, to a replacement, or to ``left_out`` with the reason."""
+    modules: dict[str, _Module] = {}
+    replaced: dict[str, Replacement] = {}
+    left_out: dict[str, str] = {}
+    adapters: set[str] = set()
+    saved = config.get("modules_to_save") or ()
+    for key in checkpoint.tensors:
+        path = [segment for segment in key.removeprefix("module.").split(".") if segment not in _WRAPPERS]
+        if path[:2] == ["base_model", "model"]:
+            path = path[2:]
+        at = next((i for i, segment in enumerate(path) if segment.startswith("lora_")), None)
+        if at is None:
+            _sort_saved(checkpoint, key, path, saved, replaced, left_out)
+            continue
+        leaf, tail = path[at], path[at + 1 :]
+        name = tail.pop() if tail and tail[-1] in {"weight", "bias"} else "weight"
+        role = _LEAVES.get(leaf)
+        if role is None or (name == "bias" and leaf != "lora_B"):
+            raise UnsupportedError(f"{key}: PEFT's '{leaf}' {name} is not something dora-tools can merge yet.")
+        if "base_layer" in path[:at]:
+            raise UnsupportedError(
+                f"{key} adapts a layer inside another adapted layer (nn.MultiheadAttention or expert parameters); "
+                "dora-tools cannot merge that yet."
+            )
+        adapters.add(".".join(tail))
+        module = modules.setdefault(".".join(path[:at]), _Module())
+        module.embedding |= "embedding" in leaf
+        role = "bias" if name == "bias" else role
+        if role in module.parts:
+            raise InputError(f"{key} and {module.parts[role]} are the same tensor of {'.'.join(path[:at])}, twice.")
+        module.parts[role] = key
+    if len(adapters) > 1:
+        names = ", ".join(sorted(repr(name) for name in adapters))
+        raise InputError(f"The file holds several adapters ({names}); save the one that is wanted alone.")
+    return modules, replaced, left_out
+
+
+def _sort_saved(
+    checkpoint: Checkpoint,
+    key: str,
+    path: list[str],
+    saved: Any,
+    replaced: dict[str, Replacement],
+    left_out: dict[str, str],
+) -> None:
+    if "token_adapter" in path or path[-1] == "trainable_tokens_delta":
+        raise UnsupportedError(f"{key} holds single token rows; dora-tools cannot merge trainable tokens yet.")
+    if "original_module" in path:
+        left_out[key] = "the untrained copy that PEFT keeps beside a saved module"
+        return
+    own = "modules_to_save" in path
+    if own:
+        at = path.index("modules_to_save")
+        # modules_to_save[.<adapter name>].<parameter>
+        path = path[:at] + (path[at + 2 :] if len(path) - at > 2 else path[at + 1 :])
+    path = [segment for segment in path if segment != "base_layer"]
+    name = ".".join(path)
+    module = ".".join(path[:-1])
+    own |= any(module == s or module.endswith(f".{s}") or f".{s}." in f".{module}." for s in saved)
+    if 0 in checkpoint.tensors[key].shape:
+        raise InputError(
+            f"{key} is empty (shape {list(checkpoint.tensors[key].shape)}): it was saved under DeepSpeed ZeRO-3 or "
+            "FSDP without gathering. Save it again with the parameters gathered."
+        )
+    previous = replaced.get(name)
+    if previous is not None:
+        if previous.tensor.shape != checkpoint.tensors[key].shape:
+            raise InputError(f"{key} and {previous.tensor.key} are both {name}, with different shapes.")
+        left_out[previous.tensor.key if own else key] = f"a second copy of {name}"
+        if not own:
+            return
+    replaced[name] = Replacement(ref(checkpoint, key), shared=not own)
+
+
+def _update(checkpoint: Checkpoint, config: Mapping[str, Any], path: str, module: _Module, alpha: _Patterns) -> Update:
+    parts = module.parts
+    for role, name in (("A", "lora_A"), ("B", "lora_B")):
+        if role not in parts:
+            raise InputError(f"{path} has {', '.join(parts.values())}, but no {name}: the file is incomplete.")
+    a, b = ref(checkpoint, parts["A"]), ref(checkpoint, parts["B"])
+    kernel_size: tuple[int, ...] = ()
+    if len(a.shape) > 2 and 0 not in a.shape and 0 not in b.shape:
+        kernel_size = a.shape[1:]
+        if b.shape[1] != a.shape[0] or prod(b.shape[2:]) != 1:
+            raise UnsupportedError(
+                f"{path}: lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}: a grouped convolution, whose "
+                "merge PEFT does not define."
+            )
+        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    rank = a.shape[0]
+    scaling = alpha[path] / (sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+    if not scaling and 0 not in a.shape:
+        raise InputError(
+            f"{path}: adapter_config.json says lora_alpha = {alpha[path]:g}, which would erase the adapter (some "
+            "tools, verl for one, write 0 for 'unknown'). Put the alpha of the training there."
+        )
+    magnitude = ref(checkpoint, parts["m"]).reshape(-1) if "m" in parts else None
+    return Update(
+        path,
+        LowRank(a, b, scaling or 1.0, _provenance(config, rank, alpha[path])),
+        Magnitude(magnitude, "out") if magnitude is not None else None,
+        ref(checkpoint, parts["bias"]).times(scaling) if "bias" in parts else None,
+        "embedding" if module.embedding else "conv" if kernel_size else "linear",
+        kernel_size,
+        bool(config["fan_in_fan_out"]) if "fan_in_fan_out" in config else None,
+    )
+
+
+def _provenance(config: Mapping[str, Any], rank: int, alpha: float) -> str:
+    return f"{alpha:g}/√{rank} (rsLoRA)" if config.get("use_rslora") else f"{alpha:g}/{rank}"
+
+
+def _check_magnitudes(config: Mapping[str, Any], updates: list[Update]) -> None:
+    bare = [update.module for update in updates if update.magnitude is None]
+    if config.get("use_dora") and bare:
+        raise InputError(
+            f"adapter_config.json says use_dora, but {len(bare)} of {len(updates)} modules have no "
+            f"lora_magnitude_vector (first: {bare[0]}): a tool dropped the magnitudes, and merging without them would "
+            "be another model. Get the original adapter; if it is a plain LoRA, set use_dora to false."
+        )
+    if not config.get("use_dora") and len(bare) < len(updates):
+        raise InputError(
+            f"{len(updates) - len(bare)} modules have a lora_magnitude_vector, but adapter_config.json does not say "
+            "use_dora. If this was trained as DoRA, set use_dora to true there; if not, remove the magnitudes."
+        )
+
+
+def _write(adapter: Adapter) -> Written:
+    """PEFT's directory. Raises TargetError for what it cannot hold: an in-axis magnitude, a delta of another kind."""
+    old: Mapping[str, Any] = adapter.extra.get("peft", {})
+    refs: dict[str, Ref] = {}
+    targets = {update.module for update in adapter.updates}
+    for update in adapter.updates:
+        delta, here = update.delta, f"{_PREFIX}{update.module}."
+        if not isinstance(delta, LowRank):
+            raise TargetError(f"{update.module}: PEFT's LoRA holds low-rank updates only; merge the adapter instead.")
+        a, b, m = delta.lora_A, delta.lora_B, update.magnitude.vector if update.magnitude else None
+        if update.magnitude and update.magnitude.axis == "in":
+            raise TargetError(
+                f"{update.module}: PEFT's DoRA has one magnitude per output, this one has one per input. A dense merge "
+                "keeps it exactly."
+            )
+        if update.kind == "embedding":
+            refs[here + "lora_embedding_A"], refs[here + "lora_embedding_B"] = a, b
+        else:
+            ones = (1,) * (len(update.kernel_size) - 1)
+            refs[here + "lora_A.weight"] = a.reshape(a.shape[0], *update.kernel_size) if ones else a
+            refs[here + "lora_B.weight"] = b.reshape(*b.shape, *ones) if ones else b
+            m = m.reshape(1, -1, *ones) if m and ones else m
+        if m is not None:
+            refs[here + "lora_magnitude_vector"] = m
+        if update.bias is not None:
+            refs[here + "lora_B.bias"] = update.bias.times(1 / delta.scaling)
+    for name, replacement in adapter.replaced.items():
+        module, _, parameter = name.rpartition(".")
+        infix = "base_layer." if module in targets else ""
+        refs[f"{_PREFIX}{module}.{infix}{parameter}"] = replacement.tensor
+    config = _written_config(adapter, old)
+    text = json.dumps(config, indent=2, sort_keys=True).encode()
+    return Written(Tensors(refs), "adapter_model.safetensors", {"adapter_config.json": text})
+
+
+def _written_config(adapter: Adapter, old: Mapping[str, Any]) -> dict[str, Any]:
+    """The old config with what differs replaced; its own patterns stay where they still say the truth."""
+    config: dict[str, Any] = {
+        "base_model_name_or_path": adapter.base_model,
+        "bias": "none",
+        "task_type": None,
+        "lora_dropout": 0.0,
+    }
+    config |= dict(old)
+    deltas = {u.module: u.delta for u in adapter.updates if isinstance(u.delta, LowRank)}
+    config |= {"peft_type": "LORA", "inference_mode": True, "use_dora": adapter.is_dora}
+    config["base_model_name_or_path"] = adapter.base_model
+    config["lora_bias"] = any(update.bias is not None for update in adapter.updates)
+    rule = sqrt if config.get("use_rslora") else float
+    ranks, alphas = _Patterns(config, "rank_pattern", "r", 8), _Patterns(config, "alpha_pattern", "lora_alpha", 8)
+    kept = set(adapter.extra.get("modules", ())) == set(deltas) and all(
+        ranks[module] == delta.rank and alphas[module] / rule(delta.rank) == delta.scaling
+        for module, delta in deltas.items()
+    )
+    if not kept:
+        config["target_modules"] = sorted(deltas)
+        for value, default, table in (
+            ({m: d.rank for m, d in deltas.items()}, "r", "rank_pattern"),
+            ({m: d.scaling * rule(d.rank) for m, d in deltas.items()}, "lora_alpha", "alpha_pattern"),
+        ):
+            exact = {m: int(v) if v == int(v) else v for m, v in value.items()}
+            config[default] = Counter(exact.values()).most_common(1)[0][0] if exact else 8
+            # ^ and the escaped path: hits exactly this module (PEFT ≥ 0.15)
+            config[table] = {f"^{re.escape(m)}": v for m, v in exact.items() if v != config[default]}
+    if not old and adapter.replaced:
+        config["modules_to_save"] = sorted({n.rpartition(".")[0] for n, r in adapter.replaced.items() if not r.shared})
+    config.setdefault("fan_in_fan_out", any(u.transposed for u in adapter.updates))
+    config.setdefault("init_lora_weights", True)
+    return config
+
+
+FORMAT = Format("peft", "PEFT: adapter_config.json and adapter_model.safetensors or .bin", _sniff, _read, _write)

@@ -1,0 +1,50 @@
+"""The mathematics, as the papers write it, on tensors.
+
+W (out, in); lora_A (rank, in); lora_B (out, rank); V = W + s·BA; m, n: magnitude and norms of V along one axis.
+Everything here is float32 unless W is float64, and knows no names and no files.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .adapter import Axis
+
+
+def row_norms(v: torch.Tensor) -> torch.Tensor:
+    """‖V‖ of each row: the norm that merge, to-dora and verify share. ``v`` (rows, width) → (rows,)."""
+    norms: torch.Tensor = torch.linalg.vector_norm(v, dim=1)
+    return norms
+
+
+def column_squares(v: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Σ v² of each column of one tile, as float64 so that tiles can be added up. ``v`` (rows, width) → (width,)."""
+    return torch.mul(v, v, out=scratch).sum(0).double()
+
+
+def factors(m: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """m / n, and 1 where n = 0 (a row without direction stays as it is); with the number of such places."""
+    zero = n == 0
+    count = int(zero.sum())
+    ratio = m / n
+    return (torch.where(zero, torch.ones_like(ratio), ratio) if count else ratio), count
+
+
+def reference_merge(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+    axis: Axis = "out",
+) -> torch.Tensor:
+    """The unblocked merge, step by step as PEFT's ``merge_and_unload`` runs it, rounded once to ``weight.dtype``.
+
+    The full product BA first, then s, then W; the tests' oracle, bit-identical to PEFT on the CPU. All (out, in).
+    """
+    v = weight.float() + (lora_B.float() @ lora_A.float()) * scaling
+    if magnitude is not None:
+        dim = 1 if axis == "out" else 0
+        norm = torch.linalg.norm(v, dim=dim)
+        v = (magnitude.float() / norm).unsqueeze(dim) * v
+    return v.to(weight.dtype)

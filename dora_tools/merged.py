@@ -1,0 +1,274 @@
+"""A merged model: a checkpoint whose changed tensors are computed when their rows are read.
+
+It reads as float32 and is never rounded here. All arithmetic runs in the tiles of ``checkpoint.tiles``, so a row has
+the same bits whoever asks for it, in whatever portions, on any number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Any
+
+import torch
+
+from .adapter import Kernel, Magnitude, loaded
+from .binding import Binding, Bound
+from .checkpoint import Checkpoint, Span, TensorInfo, blocks, single_threaded, tiles
+from .dtypes import encode, to_torch, working
+from .errors import FitError, ResourceError
+from .lowrank import column_squares, factors, row_norms
+
+_KEPT = 8  # tensors whose kernels stay loaded: those in work on the threads, and a few to come
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One bound update, loaded."""
+
+    kernel: Kernel
+    magnitude: torch.Tensor | None
+    ratio: torch.Tensor | None  # m / n per column, known beforehand; axis out computes it row by row
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How much a tensor changed: Frobenius norms of W' − W and W, and rows or columns without direction."""
+
+    delta: float
+    weight: float
+    zeros: int
+
+    @property
+    def relative(self) -> float:
+        return self.delta / self.weight if self.weight else float("inf") if self.delta else 0.0
+
+
+class Merged:
+    """base + bound adapters as a Checkpoint (see ``Checkpoint``), on any device; ``stats`` also measures the change.
+
+    Raises InputError for NaN or Inf in the adapter and FitError for one in a result, unless ``allow_nonfinite``;
+    ResourceError for a device that is not there.
+    """
+
+    def __init__(
+        self, binding: Binding, device: str = "cpu", stats: bool = False, allow_nonfinite: bool = False
+    ) -> None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ResourceError(f"Device '{device}' cannot be used: {str(error).splitlines()[0]}.") from error
+        self._binding, self._base, self._device = binding, binding.base, device
+        self._stats, self._check = stats, not allow_nonfinite
+        self._sums: dict[str, dict[int, tuple[float, float, int]]] = {name: {} for name in binding.bound}
+        self._ratios: dict[tuple[str, int], torch.Tensor] = {}
+        self._column_zeros: dict[str, int] = {}
+        self._parts: OrderedDict[str, tuple[_Part, ...]] = OrderedDict()
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._local = threading.local()
+        if device.startswith("cuda"):
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._base.tensors
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        return self._base.metadata
+
+    @property
+    def merged(self) -> Mapping[str, tuple[Bound, ...]]:
+        """The tensors that change, with the updates on each."""
+        return self._binding.bound
+
+    def span(self, name: str) -> Span | None:
+        return None if name in self._binding.bound else self._base.span(name)
+
+    def prepare(self, threads: int = 1) -> None:
+        """What must be known before rows are: the column norms of in-axis DoRA, in one parallel pass over the base."""
+        for name, bounds in self._binding.bound.items():
+            for index, bound in enumerate(bounds):
+                if bound.magnitude is not None and bound.magnitude.axis == "in":
+                    self._ratio(name, index, bound, threads)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        if name not in self._binding.bound:
+            return self._base.read(name, start, stop, out)
+        info = self.tensors[name]
+        stop = info.rows if stop is None else stop
+        dtype = working(info.dtype)
+        result = torch.empty(stop - start, info.width, dtype=dtype, device=self._device) if out is None else out
+        for first, last in tiles(info):
+            if first >= start and last <= stop:
+                self._tile(name, first, last, result[first - start : last - start])
+            elif first < stop and last > start:
+                whole = torch.empty(last - first, info.width, dtype=dtype, device=self._device)
+                self._tile(name, first, last, whole)
+                a, b = max(first, start), min(last, stop)
+                result[a - start : b - start] = whole[a - first : b - first]
+        return result
+
+    def change(self, name: str) -> Change:
+        """What ``stats`` measured of a tensor whose rows have all been read."""
+        sums = [self._sums[name][first] for first in sorted(self._sums[name])]
+        return Change(sqrt(sum(s[0] for s in sums)), sqrt(sum(s[1] for s in sums)), self.zeros(name))
+
+    def zeros(self, name: str) -> int:
+        """Rows (axis out) or columns (axis in) of a DoRA'd tensor that have no direction and stayed V."""
+        return sum(s[2] for s in self._sums[name].values()) + self._column_zeros.get(name, 0)
+
+    def _tile(self, name: str, first: int, last: int, w: torch.Tensor) -> None:
+        """The merged rows [first, last) into ``w``; the bounds are those of a tile."""
+        parts = self._loaded(name, w.dtype)
+        self._base.read(name, first, last, w)
+        single = len(parts) == 1 and (parts[0].strength == 1.0 or parts[0].magnitude is None)
+        pristine = None if single and not self._stats else w.clone()
+        if single:
+            zeros = self._merge(parts[0], w, first)
+        else:
+            assert pristine is not None
+            zeros, total = 0, w.clone()
+            for part in parts:
+                w.copy_(pristine)
+                zeros += self._merge(part, w, first)
+                w.sub_(pristine)
+                if part.magnitude is not None:
+                    w.mul_(part.strength)  # without a magnitude the strength is already in the kernel
+                total.add_(w)
+            w.copy_(total)
+        if self._check and not bool(torch.isfinite(w.sum())) and not bool(w.isfinite().all()):
+            raise FitError(
+                f"{name}: the merged rows {first} to {last} hold NaN or Inf. Does the base hold some? "
+                "--allow-nonfinite writes them all the same."
+            )
+        delta = weight = 0.0
+        if self._stats and pristine is not None:
+            weight = float(pristine.double().square_().sum())
+            delta = float(pristine.sub_(w).double().square_().sum())
+        self._sums[name][first] = (delta, weight, zeros)
+
+    @staticmethod
+    def _merge(part: _Part, w: torch.Tensor, first: int) -> int:
+        """W becomes W', in place; returns how many rows had no direction."""
+        part.kernel.apply(w, first)
+        if part.ratio is not None:
+            w.mul_(part.ratio)
+        elif part.magnitude is not None:
+            ratio, zeros = factors(part.magnitude[first : first + w.shape[0]], row_norms(w))
+            w.mul_(ratio.unsqueeze(1))
+            return zeros
+        return 0
+
+    def _loaded(self, name: str, dtype: torch.dtype) -> tuple[_Part, ...]:
+        with self._lock:
+            if name in self._parts:
+                self._parts.move_to_end(name)
+                return self._parts[name]
+        with self._loading:
+            with self._lock:
+                if name in self._parts:
+                    return self._parts[name]
+            parts = []
+            for index, bound in enumerate(self._binding.bound[name]):
+                m = bound.magnitude
+                strength = bound.strength if m is None else 1.0
+                kernel = bound.delta.kernel(strength, self._device, dtype, self._check)
+                ratio = self._ratio(name, index, bound, 1) if m is not None and m.axis == "in" else None
+                vector = loaded(m.vector, self._device, dtype, self._check) if m is not None else None
+                parts.append(_Part(kernel, vector, ratio, bound.strength))
+            with self._lock:
+                self._parts[name] = tuple(parts)
+                while len(self._parts) > _KEPT:
+                    self._parts.popitem(last=False)
+            return self._parts[name]
+
+    def _ratio(self, name: str, index: int, bound: Bound, threads: int) -> torch.Tensor:
+        """m / n of every column: one pass over the tensor, float64 sums added in row order."""
+        if (name, index) in self._ratios:
+            return self._ratios[name, index]
+        assert isinstance(bound.magnitude, Magnitude)
+        info = self.tensors[name]
+        dtype = working(info.dtype)
+        kernel = bound.delta.kernel(1.0, self._device, dtype, self._check)
+
+        def squares(tile: tuple[int, int]) -> torch.Tensor:
+            single_threaded()
+            first, last = tile
+            w, scratch = self._scratch(last - first, info.width, dtype)
+            self._base.read(name, first, last, w)
+            kernel.apply(w, first)
+            return column_squares(w, scratch)
+
+        total = torch.zeros(info.width, dtype=torch.float64, device=self._device)
+        waiting: dict[int, torch.Tensor] = {}
+        order = [first for first, _ in tiles(info)][::-1]
+        for (first, _), part in blocks(tiles(info), squares, threads):
+            waiting[first] = part
+            while order and order[-1] in waiting:
+                total += waiting.pop(order.pop())
+        m = loaded(bound.magnitude.vector, self._device, dtype, self._check)
+        ratio, zeros = factors(m, total.sqrt().to(dtype))
+        self._ratios[name, index] = ratio
+        self._column_zeros[name] = self._column_zeros.get(name, 0) + zeros
+        return ratio
+
+    def _scratch(self, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two buffers of this thread."""
+        pair = getattr(self._local, "pair", None)
+        if pair is None or pair[0].numel() < rows * width or pair[0].dtype != dtype:
+            pair = tuple(torch.empty(rows * width, dtype=dtype, device=self._device) for _ in range(2))
+            self._local.pair = pair
+        return pair[0][: rows * width].view(rows, width), pair[1][: rows * width].view(rows, width)
+
+
+class LazyTensor:
+    """One tensor of a checkpoint, not there yet: ``shape``, ``dtype``, and ``[...]`` gives it, rounded once."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, name
+        self._info = checkpoint.tensors[name]
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._info.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return to_torch(self._info.dtype)
+
+    def get_shape(self) -> list[int]:
+        return list(self._info.shape)
+
+    def __getitem__(self, which: Any) -> torch.Tensor:
+        raw = torch.empty(self._info.nbytes, dtype=torch.uint8)
+        row = self._info.bytes_of(self._info.width)
+        for first, last in tiles(self._info):
+            encode(self._checkpoint.read(self._name, first, last), self._info.dtype, raw[first * row : last * row])
+        return raw.view(self.dtype).view(self.shape)[which]
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self._name!r}, shape={self._info.shape}, dtype={self._info.dtype})"
+
+
+class LazyTensors(Mapping[str, LazyTensor]):
+    """A checkpoint as a mapping of names to lazy tensors: a ``state_dict`` for transformers, one tensor at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        if name not in self.checkpoint.tensors:
+            raise KeyError(name)
+        return LazyTensor(self.checkpoint, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.tensors)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.tensors)
