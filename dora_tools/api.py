@@ -20,7 +20,7 @@ from .summary import Summary, summarise
 from .write import Progress, check_room, check_target, write
 
 if TYPE_CHECKING:
-    from .merged import LazyTensors, Merged
+    from .merging import LazyTensors, Merged
 
 AdapterLike = Adapter | str | Path
 BaseLike = Checkpoint | str | Path
@@ -138,7 +138,7 @@ def merged(
 
     Nothing is written; a tensor is computed when it is asked for, and only it. Fits transformers' ``state_dict=``.
     """
-    from .merged import LazyTensors, Merged
+    from .merging import LazyTensors, Merged
 
     inputs = _adapters(adapter, strength)
     return LazyTensors(Merged(bind([(i.adapter, i.strength) for i in inputs], _base(base)), device))
@@ -286,7 +286,7 @@ def plan_merge(
     worker_count = threads or min(8, os.cpu_count() or 1)
 
     def make() -> Checkpoint:
-        from .merged import Merged
+        from .merging import Merged
 
         return Merged(binding, device, stats, allow_nonfinite)
 

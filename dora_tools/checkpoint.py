@@ -92,7 +92,7 @@ def tiles(info: TensorInfo) -> list[tuple[int, int]]:
     starts = list(range(0, rows, step))
     if len(starts) > 1 and rows - starts[-1] < step // 2:
         starts.pop()
-    return [(start, stop) for start, stop in zip(starts, [*starts[1:], rows], strict=True)]
+    return list(zip(starts, [*starts[1:], rows], strict=True)) if rows else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +184,8 @@ class View:
         new_width, old_width = self.tensors[name].width, source.tensors[old].width
         if new_width == old_width:
             return source.read(old, start, stop, out)
-        ratio = new_width / old_width
         stop = self.tensors[name].rows if stop is None else stop
-        first, last = int(start * ratio), int(stop * ratio)
+        first, last = start * (new_width // old_width), stop * (new_width // old_width)
         if out is not None:
             source.read(old, first, last, out.view(-1, old_width))
             return out
@@ -231,7 +230,8 @@ def arranged(
 ) -> Checkpoint:
     """``base`` with further names for some of its tensors, and with rows of another width in others.
 
-    ``aliases``: new name → old name (an untied head). ``widths``: name → elements in a row (a conv weight as a matrix).
+    ``aliases``: new name → old name (an untied head). ``widths``: name → elements in a row, a multiple of what it was
+    (a conv weight as a matrix).
     """
     tensors = dict(base.tensors)
     sources: dict[str, tuple[Checkpoint, str]] = {name: (base, name) for name in tensors}

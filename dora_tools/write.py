@@ -55,16 +55,21 @@ _Item = _Copy | _Compute | _Prepare
 
 
 class _Output:
-    """One file under its temporary name."""
+    """One file of the output, under its temporary name until ``publish``."""
 
     def __init__(self, folder: Path, file: File, digest: str) -> None:
         self.final = folder / file.path
-        self.final.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = self.final.with_name(f".{self.final.name}.{digest[:12]}.part")
+        self.size = file.size
+        self.fd = -1
+        self._seek = threading.Lock()
+        self._published = False
+
+    def open(self) -> None:
+        """Create it at its full size, so that a disk that cannot hold it says so now."""
+        self.final.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self.fd = os.open(self.temporary, flags, 0o666)
-        self.size = file.size
-        self._seek = threading.Lock()
         if hasattr(os, "posix_fallocate") and self.size:
             try:
                 os.posix_fallocate(self.fd, 0, self.size)
@@ -93,6 +98,20 @@ class _Output:
         os.fsync(self.fd)
         self.close()
 
+    def publish(self) -> None:
+        new = not self.final.exists()
+        os.replace(self.temporary, self.final)
+        self._published = new
+
+    def discard(self) -> None:
+        """Take back what can be: the temporary file, and the final one unless it replaced another."""
+        self.close()
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
+        if self._published:
+            with contextlib.suppress(OSError):
+                self.final.unlink()
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
@@ -116,26 +135,27 @@ def write(
     replaced at the end, each in one step.
     """
     threads = threads or min(8, os.cpu_count() or 1)
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    outputs: list[_Output] = []
+    outputs = [_Output(folder, file, layout.digest) for file in layout.files]
+    parents = {p for output in outputs for p in output.final.parents}
+    made = sorted((p for p in parents if not p.exists()), key=lambda p: len(p.parts), reverse=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        outputs += (_Output(folder, file, layout.digest) for file in layout.files)
+        for output in outputs:
+            output.open()
         _fill(checkpoint, layout.files, outputs, threads, progress or (lambda count: None))
         for file in closing():
             output = _Output(folder, file, layout.digest)
             outputs.append(output)
+            output.open()
             _fill(checkpoint, [file], [output], 1, lambda count: None)
         for _ in blocks(outputs, _Output.sync, threads):
             pass
         for output in outputs:
-            os.replace(output.temporary, output.final)
+            output.publish()
         _sync_folders({output.final.parent for output in outputs})
     except BaseException as error:
         for output in outputs:
-            output.close()
-            with contextlib.suppress(OSError):
-                output.temporary.unlink()
+            output.discard()
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()

@@ -13,7 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from ..api import MergePlan
-    from ..merged import Merged
+    from ..merging import Merged
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 

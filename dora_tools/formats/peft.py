@@ -181,15 +181,15 @@ def _sort_keys(
                 "dora-tools cannot merge that yet."
             )
         adapters.add(".".join(tail))
+        if len(adapters) > 1:
+            names = ", ".join(sorted(repr(name or "default") for name in adapters))
+            raise InputError(f"The file holds several adapters ({names}); save the one that is wanted alone.")
         module = modules.setdefault(".".join(path[:at]), _Module())
         module.embedding |= "embedding" in leaf
         role = "bias" if name == "bias" else role
         if role in module.parts:
             raise InputError(f"{key} and {module.parts[role]} are the same tensor of {'.'.join(path[:at])}, twice.")
         module.parts[role] = key
-    if len(adapters) > 1:
-        names = ", ".join(sorted(repr(name) for name in adapters))
-        raise InputError(f"The file holds several adapters ({names}); save the one that is wanted alone.")
     return modules, replaced, left_out
 
 
