@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import companions, containers, formats, hub
 from .adapter import Adapter
@@ -197,15 +197,17 @@ class MergePlan:
 
     def run(self, progress: Progress | None = None) -> Merged | None:
         """Write it. Returns the Merged that was computed, with its statistics; None where there was none to compute."""
-        made: list[Any] = []
 
         def closing() -> Iterable[File]:
-            if "made" in vars(self.merged):
-                made.append(self.merged.made)
-            return [self._manifest(made[0] if made else None)] if self.with_card else []
+            return [self._manifest(self.result)] if self.with_card else []
 
         write(self.merged, self.layout, self.out, threads=self.threads, progress=progress, closing=closing)
-        return made[0] if made else None
+        return self.result
+
+    @property
+    def result(self) -> Merged | None:
+        """What has been computed, once ``run`` has come that far."""
+        return cast("Merged | None", self.merged.ready)
 
     def _manifest(self, result: Merged | None) -> File:
         from . import __version__

@@ -18,7 +18,7 @@ from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Update
 from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
-from .names.ties import ALWAYS_TIED, CONV1D_MODELS, TIED_HEADS
+from .names.ties import ALWAYS_TIED, CONV1D_MODELS, LABEL_HEADS, LANGUAGE_MODELS, TIED_HEADS
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding
         _place(adapter, strength, plan)
     _resolve_ties(plan)
     _fit_vocabulary(plan)
+    _fit_labels(plan)
     added = tuple(name for name in (*plan.replaced, *plan.aliases) if name not in base.tensors)
     view = arranged(base, plan.aliases)
     view = overlay(view, _replacements(plan, view))
@@ -246,8 +247,9 @@ def _equal(a: Replacement | None, b: Replacement | None) -> bool:
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture that the base was saved as has the language head that ties apply to."""
     architectures = config.get("architectures") or [""]
-    return not str(architectures[0]).endswith("Model")
+    return str(architectures[0]).endswith(LANGUAGE_MODELS)
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
@@ -291,6 +293,19 @@ def _fit_vocabulary(plan: _Plan) -> None:
                     f"{embedding} would have {rows} rows and {head} {head_rows}: the adapter resized only one of them, "
                     "and no config can describe that."
                 )
+
+
+def _fit_labels(plan: _Plan) -> None:
+    """A classifier that the base does not have brings its number of labels, which the config must know to load it."""
+    for name, replacement in plan.replaced.items():
+        shape = replacement.tensor.shape
+        if name in plan.base.tensors or len(shape) != 2 or not name.endswith(LABEL_HEADS):
+            continue
+        labels = plan.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        if len(labels) != shape[0] and plan.config:
+            plan.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(shape[0])}
+            plan.config["label2id"] = {f"LABEL_{i}": i for i in range(shape[0])}
+            plan.notes.append(f"{name} has {shape[0]} labels: the config says so now, with names LABEL_0, LABEL_1, ….")
 
 
 def _replacements(plan: _Plan, view: Checkpoint) -> Tensors:

@@ -199,22 +199,25 @@ class View:
 class Deferred:
     """A checkpoint whose maker is called on the first read: what it holds is known, and planned with, before that.
 
-    ``computed`` names the tensors that ``make`` will change; the others keep the span they have in ``base``.
+    ``computed`` names the tensors that ``make`` will change; the others keep the span that they have in ``base``.
+    ``ready`` is what was made, once it is.
     """
 
     def __init__(self, base: Checkpoint, computed: Container[str], make: Callable[[], Checkpoint]) -> None:
         self._base, self._computed, self._make = base, computed, make
         self.tensors, self.metadata = base.tensors, base.metadata
+        self.ready: Checkpoint | None = None
         self._lock = threading.Lock()
 
-    @cached_property
+    @property
     def made(self) -> Checkpoint:
-        return self._make()
+        if self.ready is None:
+            with self._lock:
+                self.ready = self.ready or self._make()
+        return self.ready
 
     def prepare(self, threads: int) -> None:
-        with self._lock:
-            made = self.made
-        prepare = getattr(made, "prepare", None)
+        prepare = getattr(self.made, "prepare", None)
         if prepare is not None:
             prepare(threads)
 

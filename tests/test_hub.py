@@ -123,35 +123,34 @@ class _Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[str, type[_Hub]]]:
+def hub(tmp_path: Path) -> Iterator[str]:
     base = tiny.write_base(tmp_path / "hub" / "base", shards=2)
     (base / "onnx").mkdir()
     for name in ("onnx/model.onnx", "pytorch_model.bin", "tf_model.h5", "model.gguf"):
         (base / name).write_bytes(b"foreign weights")
-    handler = type("Hub", (_Hub,), {"asked": []})
-    handler.repositories = {"org/tiny": base, "me/adapter": tiny.write_adapter(tmp_path / "hub" / "adapter")}
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    _Hub.repositories = {"org/tiny": base, "me/adapter": tiny.write_adapter(tmp_path / "hub" / "adapter")}
+    _Hub.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_from_a_hub(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
-    endpoint, handler = hub
+def test_from_a_hub(hub: str, tmp_path: Path) -> None:
     home, out = tmp_path / "home", tmp_path / "out"
-    done = run("merge", "me/adapter", "-o", str(out), home=home, HF_ENDPOINT=endpoint)
+    done = run("merge", "me/adapter", "-o", str(out), home=home, HF_ENDPOINT=hub)
     assert done.returncode == 0, done.stderr
     check_merged(out)
-    assert set(handler.asked) == {
+    assert set(_Hub.asked) == {
         "adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json",
         "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     }  # fmt: skip
-    before = len(handler.asked)
-    assert run("inspect", "me/adapter", home=home, HF_ENDPOINT=endpoint).returncode == 0
-    assert len(handler.asked) == before, "the cache was not used"
+    before = len(_Hub.asked)
+    assert run("inspect", "me/adapter", home=home, HF_ENDPOINT=hub).returncode == 0
+    assert len(_Hub.asked) == before, "the cache was not used"
 
 
 @pytest.mark.parametrize(
@@ -162,8 +161,8 @@ def test_from_a_hub(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
         ("me/adapter@v9", 3, "no revision 'v9'"),
     ],
 )
-def test_what_the_hub_refuses(hub: tuple[str, type[_Hub]], tmp_path: Path, spec: str, code: int, words: str) -> None:
-    done = run("inspect", spec, home=tmp_path / "home", HF_ENDPOINT=hub[0])
+def test_what_the_hub_refuses(hub: str, tmp_path: Path, spec: str, code: int, words: str) -> None:
+    done = run("inspect", spec, home=tmp_path / "home", HF_ENDPOINT=hub)
     assert done.returncode == code, done.stderr
     assert words in done.stderr
     assert done.stderr.count("\n") == 1

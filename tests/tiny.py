@@ -46,7 +46,7 @@ def write_base(folder: Path, arrays: Arrays | None = None, shards: int = 1, **co
     if shards == 1:
         save_file(arrays, folder / "model.safetensors", {"format": "pt"})
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         part = dict(list(arrays.items())[i::shards])
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"

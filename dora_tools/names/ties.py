@@ -24,5 +24,18 @@ TIED_HEADS = (
 # Models whose heads cannot be untied by configuration: transformers ties them whatever config.json says.
 ALWAYS_TIED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 
+# Endings of the architectures (config.json) that have such a head.
+LANGUAGE_MODELS = (
+    "ForCausalLM",
+    "LMHeadModel",
+    "DoubleHeadsModel",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForConditionalGeneration",
+)
+
+# Weights with one row for each label of a classification model.
+LABEL_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
+
 # Models with transformers' Conv1D layers, whose weights are stored (in, out).
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
