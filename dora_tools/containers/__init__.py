@@ -56,9 +56,9 @@ def _open_file(path: Path, folder: Path) -> Checkpoint:
     if path.name.endswith(".bin.index.json"):
         from .torch_pickle import open_torch
 
-        weight_map = safetensors.read_weight_map(path)
-        parts = [open_torch(shard) for shard in safetensors.shard_paths(path, weight_map)]
-        return _joined(parts, {**documents, "index": path.name})
+        table = safetensors.read_index(path)
+        parts = [open_torch(shard) for shard in safetensors.shard_paths(path, table["weight_map"])]
+        return _joined(parts, {**documents, "index": (path.name, table.get("metadata"))})
     if path.name.endswith(".index.json"):
         return safetensors.open_index(path, documents)
     if _is_pickle(path):

@@ -47,6 +47,7 @@ _ORDER = [
     "F4",
     "BOOL",
 ]
+INDEX = "model.safetensors.index.json"
 _RANK = {name: rank for rank, name in enumerate(_ORDER)}
 
 
@@ -137,8 +138,10 @@ def _open(path: Path) -> tuple[Source, Header, dict[str, TensorInfo]]:
 
 def open_index(index: Path, metadata: Mapping[str, Any] | None = None) -> SafetensorsCheckpoint:
     """The shards that an ``*.index.json`` names. Raises InputError where it lies about them."""
-    weight_map = read_weight_map(index)
-    checkpoint = SafetensorsCheckpoint(shard_paths(index, weight_map), {**(metadata or {}), "index": index.name})
+    table = read_index(index)
+    weight_map = table["weight_map"]
+    metadata = {**(metadata or {}), "index": (index.name, table.get("metadata"))}
+    checkpoint = SafetensorsCheckpoint(shard_paths(index, weight_map), metadata)
     for name, file in weight_map.items():
         info = checkpoint.tensors.get(name)
         if info is None or info.file != file:
@@ -147,15 +150,16 @@ def open_index(index: Path, metadata: Mapping[str, Any] | None = None) -> Safete
     return checkpoint
 
 
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → shard name of an index file. Raises InputError for anything else."""
+def read_index(index: Path) -> dict[str, Any]:
+    """An index file: ``weight_map`` is tensor name → shard name. Raises InputError for anything else."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        table: dict[str, Any] = json.loads(index.read_bytes())
+        weight_map = table["weight_map"]
         if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise ValueError("its weight_map is empty or names no files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} is not the index of a sharded checkpoint: {error}.") from error
-    return dict(weight_map)
+    return table
 
 
 def shard_paths(index: Path, weight_map: Mapping[str, str]) -> list[Path]:
@@ -225,7 +229,7 @@ def lay_out(
             pieces.append(span or Computed(name, wanted[name].dtype, wanted[name].nbytes))
         files.append(File(path, tuple(pieces)))
     if len(groups) > 1 or ("index" in checkpoint.metadata and max_shard_size is None and file is None):
-        files.append(_index(groups, tensors, checkpoint.metadata.get("index")))
+        files.append(_index(groups, tensors, checkpoint.metadata.get("index", (INDEX, None))))
     return files
 
 
@@ -271,11 +275,17 @@ def _deal(tensors: Mapping[str, TensorInfo], limit: int) -> dict[str, list[str]]
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def _index(groups: Mapping[str, list[str]], tensors: Mapping[str, TensorInfo], name: str | None) -> File:
+def _index(
+    groups: Mapping[str, list[str]], tensors: Mapping[str, TensorInfo], old: tuple[str, Any] = (INDEX, None)
+) -> File:
+    name, metadata = old
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    metadata["total_size"] = sum(info.nbytes for info in tensors.values())
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(info.numel for info in tensors.values())
     weight_map = {tensor: file for file, names in groups.items() for tensor in names}
-    total = sum(info.nbytes for info in tensors.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-    return File(safetensors_name(name or "model.safetensors.index.json"), (text.encode(),))
+    text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    return File(safetensors_name(name), (text.encode(),))
 
 
 def safetensors_name(file: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from pathlib import Path
 
 from ..errors import InputError
@@ -15,7 +16,8 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the checkpoint
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
+            weakref.finalize(self, self._file.close)
             self.size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
