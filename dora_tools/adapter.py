@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import frexp, isfinite
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .checkpoint import Ref
@@ -93,10 +93,13 @@ class LowRank:
         """(BA)ᵀ = AᵀBᵀ."""
         return replace(self, lora_A=self.lora_B.T, lora_B=self.lora_A.T)
 
-    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> LowRankKernel:
-        a = loaded(self.lora_A, device, dtype, check)
-        b = loaded(self.lora_B, device, dtype, check) * (self.scaling * strength)
-        return LowRankKernel(a.contiguous(), b.contiguous())
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
+        a = loaded(self.lora_A, device, dtype, check).contiguous()
+        b = loaded(self.lora_B, device, dtype, check).contiguous()
+        scale = self.scaling * strength
+        if abs(frexp(scale)[0]) == 0.5:  # a power of two: multiplying by it rounds nothing, so it can go first
+            return LowRankKernel(a, b * scale)
+        return ScaledLowRankKernel(a, b, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,18 @@ class LowRankKernel:
 
     def apply(self, w: torch.Tensor, start: int) -> None:
         w.addmm_(self.b[start : start + w.shape[0]], self.a)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledLowRankKernel:
+    """Rounds the product, then s times it, then the sum, in PEFT's order: folding s moves 1e-4 of fp16 results."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        w.add_(self.b[start : start + w.shape[0]].mm(self.a).mul_(self.scale))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +230,7 @@ class Replacement:
 class Adapter:
     """Updates (one per module), replacements (by the parameter's name as trained), and where they came from.
 
+    ``task``: what it was trained for, in PEFT's words (CAUSAL_LM, SEQ_CLS, …), which tells what head the model had.
     ``extra`` keeps the foreign configuration, so that writing the same format again loses nothing; ``notes`` are
     sentences for the user: what was left aside, what is unusual.
     """
@@ -222,6 +238,7 @@ class Adapter:
     updates: tuple[Update, ...]
     replaced: Mapping[str, Replacement] = field(default_factory=dict)
     base_model: str | None = None
+    task: str | None = None
     format: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -136,12 +136,15 @@ def merged(
 ) -> LazyTensors:
     """The merged model as a mapping of names to lazy tensors (``shape``, ``dtype``, ``[...]`` → tensor).
 
-    Nothing is written; a tensor is computed when it is asked for, and only it. Fits transformers' ``state_dict=``.
+    Nothing is written; a tensor is computed when it is asked for, and only it. Fits transformers' ``state_dict=``; its
+    ``config`` is the config.json that goes with it.
     """
     from .merging import LazyTensors, Merged
 
     inputs = _adapters(adapter, strength)
-    return LazyTensors(Merged(bind([(i.adapter, i.strength) for i in inputs], _base(base)), device))
+    binding = bind([(i.adapter, i.strength) for i in inputs], _base(base))
+    config = binding.config if binding.config is not None else binding.base.metadata.get("config", {})
+    return LazyTensors(Merged(binding, device), config)
 
 
 @dataclass(frozen=True)

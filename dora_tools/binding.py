@@ -18,7 +18,7 @@ from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Update
 from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
-from .names.ties import ALWAYS_TIED, CONV1D_MODELS, LABEL_HEADS, LANGUAGE_MODELS, TIED_HEADS
+from .names.ties import CONV1D_MODELS, LABEL_HEADS, ON_DISK, always_tied, ties_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,30 @@ class _Plan:
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     trained_on: str = ""
+    task: str | None = None
+
+    @property
+    def architecture(self) -> str:
+        return str((self.config.get("architectures") or [""])[0])
+
+    @property
+    def ties(self) -> dict[str, str] | None:
+        """Tied name → the name of what it is tied to, as this base spells them; None for an unknown language model.
+
+        A file saved without its model's prefix has ``embed_tokens.weight`` for ``model.embed_tokens.weight``.
+        """
+        known, on_disk = self.base.tensors, ON_DISK.get(self.config.get("model_type", ""), {})
+
+        def spelled(name: str) -> str:
+            name, short = on_disk.get(name, name), name.partition(".")[2]
+            return short if name not in known and short in known else name
+
+        ties = ties_of(self.architecture, self.task)
+        return None if ties is None else {spelled(tied): spelled(source) for tied, source in ties.items()}
+
+    @property
+    def tied_off(self) -> bool:
+        return _setting(self.config, "tie_word_embeddings") is False
 
     def knows(self, name: str) -> bool:
         return name in self.base.tensors or name in self.aliases or name in self.replaced
@@ -100,16 +124,20 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
     known = plan.base.tensors
     if adapter.base_model:
         plan.trained_on = f" The adapter names '{adapter.base_model}' as its base."
+    plan.task = adapter.task or plan.task
     weights = {update.module: f"{update.module}.weight" for update in adapter.updates}
     rename = _prefix_rule([*weights.values(), *adapter.replaced], known)
     if rename != ("", ""):
         plan.notes.append(f"Names: the adapter's '{rename[0]}…' is the base's '{rename[1]}…'.")
 
+    on_disk = ON_DISK.get(plan.config.get("model_type", ""), {})
+
     def place(name: str) -> str:
+        name = on_disk.get(name, name)
         renamed = rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name
         return renamed if renamed in known or name not in known else name
 
-    heads = {head for _, head in _tied_pairs(known)}
+    heads = set() if plan.tied_off else (plan.ties or {}).keys()
     unplaced: list[str] = []
     for update in adapter.updates:
         name = place(weights[update.module])
@@ -183,7 +211,8 @@ def _prefix_rule(names: Sequence[str], known: Mapping[str, TensorInfo]) -> tuple
 
     def met(rule: tuple[str, str]) -> frozenset[str]:
         drop, add = rule
-        return frozenset(add + n.removeprefix(drop) for n in names if n.startswith(drop)) & known.keys()
+        renamed = (add + name.removeprefix(drop) for name in names if name.startswith(drop))
+        return frozenset(name for name in renamed if name in known)
 
     scores = {rule: met(rule) for rule in rules}
     most = max(len(found) for found in scores.values())
@@ -199,57 +228,64 @@ def _prefix_rule(names: Sequence[str], known: Mapping[str, TensorInfo]) -> tuple
     return best[0]
 
 
-def _tied_pairs(known: Mapping[str, TensorInfo]) -> list[tuple[str, str]]:
-    """(embedding, head) names in this base; a file saved without its model's prefix has the embedding without it."""
-    pairs: list[tuple[str, str]] = []
-    for embedding, head in TIED_HEADS:
-        for name in (embedding, embedding.partition(".")[2]):
-            if name in known and name.count(".") and not any(name == e for e, _ in pairs):
-                pairs.append((name, head))
-    return pairs
+def _refuse_unknown_ties(plan: _Plan) -> None:
+    """A model that transformers does not have may tie its vocabulary's weights: touching those would be a guess."""
+    vocabulary = _setting(plan.config, "vocab_size")
+    for name, updates in plan.updates.items():
+        if any(update.kind == "embedding" for update, _ in updates) or plan.shape(name)[0] == vocabulary:
+            raise UnsupportedError(
+                f"{updates[0][0].module} changes the vocabulary's weights of a {plan.architecture}, and dora-tools "
+                "does not know which of its weights are tied. If none are, write tie_word_embeddings = false into the "
+                "base's config.json."
+            )
 
 
 def _resolve_ties(plan: _Plan) -> None:
-    """Where input embedding and output head share one weight, keep that only while both ends still agree.
+    """Where two names share one weight, keep that only while both still agree.
 
-    An end that has neither an update nor a saved copy keeps the base's value: that is what the adapter model's forward
-    pass used. Different ends get a tensor each, and the config says so.
+    A name that has neither an update nor a saved copy keeps the base's value: that is what the adapter model's forward
+    pass used. When one pair differs all are untied, since the config has a single switch for them.
     """
-    known = plan.base.tensors
-    for embedding, head in _tied_pairs(known):
-        ends = {name for name in (embedding, head) if name in plan.updates or name in plan.replaced}
-        if not ends or _setting(plan.config, "tie_word_embeddings") is False:
-            continue
-        if head not in known and head not in ends and not _has_head(plan.config):
-            continue
-        ours, theirs = plan.replaced.get(embedding), plan.replaced.get(head)
+    if plan.tied_off:
+        return
+    if plan.ties is None:
+        _refuse_unknown_ties(plan)
+    known, touched = plan.base.tensors, plan.updates.keys() | plan.replaced.keys()
+    ties = {tied: source for tied, source in (plan.ties or {}).items() if source in known}
+    differing = []
+    for tied, source in ties.items():
+        ours, theirs = plan.replaced.get(source), plan.replaced.get(tied)
         if ours and ours.shared and theirs is None:
-            theirs = plan.replaced[head] = ours
-        if not plan.updates.keys() & ends and _equal(ours, theirs):
-            if head not in known:
-                plan.replaced.pop(head, None)
-            continue
-        if plan.config.get("model_type") in ALWAYS_TIED:
-            raise TargetError(
-                f"The adapter makes {head} and {embedding} differ, but {plan.config['model_type']} models tie them "
-                "whatever their config says, so no checkpoint can hold the result. Train both ends or neither."
-            )
-        if head not in known and head not in plan.replaced:
-            plan.aliases[head] = embedding
-        _set(plan.config, "tie_word_embeddings", False)
-        plan.notes.append(f"{head} and {embedding} were one weight and now differ: untied, in the config too.")
+            theirs = ours
+        if plan.updates.keys() & {tied, source} or not _equal(ours, theirs):
+            differing.append((tied, source))
+        elif tied not in known:
+            plan.replaced.pop(tied, None)
+        elif theirs:
+            plan.replaced[tied] = theirs
+    if not differing:
+        return
+    if always_tied(plan.config.get("model_type")):
+        tied, source = differing[0]
+        raise TargetError(
+            f"The adapter makes {tied} and {source} differ, but {plan.config['model_type']} models tie them whatever "
+            "their config says, so no checkpoint can hold the result. Train both or neither."
+        )
+    for tied, source in ties.items():
+        replacement = plan.replaced.get(source)
+        if replacement and replacement.shared:
+            plan.replaced.setdefault(tied, replacement)
+        if tied not in known and tied not in plan.replaced:
+            plan.aliases[tied] = source
+    _set(plan.config, "tie_word_embeddings", False)
+    pairs = " and ".join(" and ".join(pair) for pair in differing if touched & {*pair})
+    plan.notes.append(f"{pairs} were one weight and now differ: untied, in the config too.")
 
 
 def _equal(a: Replacement | None, b: Replacement | None) -> bool:
     if a is None or b is None or a is b:
         return a is b
     return a.tensor.shape == b.tensor.shape and bool((a.tensor.load() == b.tensor.load()).all())
-
-
-def _has_head(config: Mapping[str, Any]) -> bool:
-    """Whether the architecture that the base was saved as has the language head that ties apply to."""
-    architectures = config.get("architectures") or [""]
-    return str(architectures[0]).endswith(LANGUAGE_MODELS)
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
@@ -270,28 +306,28 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 def _fit_vocabulary(plan: _Plan) -> None:
     """A replacement of the base's shape, or of another number of rows where that is the vocabulary."""
-    pairs = _tied_pairs(plan.base.tensors)
-    vocabulary = {name for pair in pairs for name in pair}
+    old = _setting(plan.config, "vocab_size")
+    vocabulary = {name for pair in (plan.ties or {}).items() for name in pair}
     for name, replacement in plan.replaced.items():
         info = plan.base.tensors.get(name)
         found = replacement.tensor.shape
         if info is None or info.shape == found:
             continue
-        if name not in vocabulary or info.shape[1:] != found[1:]:
+        if info.shape[1:] != found[1:] or (info.shape[0] != old and name not in vocabulary):
             raise FitError(
                 f"{replacement.tensor.key} replaces {name} and has shape {list(found)}, but the base's, in "
-                f"{info.file}, has {list(info.shape)}. Is this the right base model?"
+                f"{info.file}, has {list(info.shape)}. Is this the right base model?{plan.trained_on}"
             )
-        old, new = _setting(plan.config, "vocab_size"), found[0]
-        _set(plan.config, "vocab_size", new)
-        plan.notes.append(f"{name} has {new} rows where the base had {info.shape[0]}: vocab_size {old} becomes {new}.")
-    for embedding, head in pairs:
-        if (embedding in plan.replaced or head in plan.replaced) and plan.knows(head):
-            rows, head_rows = plan.shape(embedding)[0], plan.shape(head)[0]
-            if rows != head_rows:
+        if _setting(plan.config, "vocab_size") != found[0]:
+            _set(plan.config, "vocab_size", found[0])
+            plan.notes.append(f"{name} has {found[0]} rows, not {info.shape[0]}: vocab_size {old} becomes {found[0]}.")
+    for tied, source in (plan.ties or {}).items():
+        if (source in plan.replaced or tied in plan.replaced) and plan.knows(tied) and plan.knows(source):
+            rows, others = plan.shape(source)[0], plan.shape(tied)[0]
+            if rows != others:
                 raise FitError(
-                    f"{embedding} would have {rows} rows and {head} {head_rows}: the adapter resized only one of them, "
-                    "and no config can describe that."
+                    f"{source} would have {rows} rows and {tied} {others}: the adapter resized only one of them, and "
+                    "no config can describe that."
                 )
 
 

@@ -108,9 +108,11 @@ class Ref:
     fetch: Callable[[], torch.Tensor]
     key: str = ""
     origin: Checkpoint | None = None
+    scale: float = 1.0
 
     def load(self) -> torch.Tensor:
-        return self.fetch()
+        values = self.fetch()
+        return values if self.scale == 1.0 else values * self.scale
 
     @property
     def T(self) -> Ref:
@@ -130,8 +132,11 @@ class Ref:
         return replace(self, shape=(count, *self.shape[1:]), fetch=lambda: fetch()[which], origin=None)
 
     def times(self, factor: float) -> Ref:
-        fetch = self.fetch
-        return self if factor == 1.0 else replace(self, fetch=lambda: fetch() * factor, origin=None)
+        return replace(self, scale=self.scale * factor)
+
+    def over(self, divisor: float) -> Ref:
+        """Undoes ``times`` to the last bit."""
+        return replace(self, scale=self.scale / divisor)
 
 
 def ref(checkpoint: Checkpoint, name: str) -> Ref:
@@ -159,7 +164,7 @@ class Tensors:
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         promise = self.refs[name]
-        if promise.origin is not None:
+        if promise.origin is not None and promise.scale == 1.0:
             return promise.origin.read(promise.key, start, stop, out)
         rows = promise.load().reshape(-1, self.tensors[name].width)[start:stop]
         return rows if out is None else out.copy_(rows)

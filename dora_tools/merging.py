@@ -257,10 +257,14 @@ class LazyTensor:
 
 
 class LazyTensors(Mapping[str, LazyTensor]):
-    """A checkpoint as a mapping of names to lazy tensors: a ``state_dict`` for transformers, one tensor at a time."""
+    """A checkpoint as a mapping of names to lazy tensors: a ``state_dict`` for transformers, one tensor at a time.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    ``config`` is the config.json that goes with it, as the merge changes it (vocabulary, untied head).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         self.checkpoint = checkpoint
+        self.config = config
 
     def __getitem__(self, name: str) -> LazyTensor:
         if name not in self.checkpoint.tensors:

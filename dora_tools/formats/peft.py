@@ -70,6 +70,7 @@ def _read(checkpoint: Checkpoint) -> Reading:
         tuple(updates),
         replaced,
         base if isinstance(base, str) and base else None,
+        config.get("task_type"),
         "peft",
         {"peft": config, "modules": tuple(modules)},
         tuple(notes),
@@ -308,7 +309,7 @@ def _write(adapter: Adapter) -> Written:
         if m is not None:
             refs[here + "lora_magnitude_vector"] = m
         if update.bias is not None:
-            refs[here + "lora_B.bias"] = update.bias.times(1 / delta.scaling)
+            refs[here + "lora_B.bias"] = update.bias.over(delta.scaling)
     for name, replacement in adapter.replaced.items():
         module, _, parameter = name.rpartition(".")
         infix = "base_layer." if module in targets else ""
@@ -323,7 +324,7 @@ def _written_config(adapter: Adapter, old: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "base_model_name_or_path": adapter.base_model,
         "bias": "none",
-        "task_type": None,
+        "task_type": adapter.task,
         "lora_dropout": 0.0,
     }
     config |= dict(old)

@@ -1,41 +1,54 @@
-"""Which output head shares the input embedding's weight, and which models store linear weights as (in, out).
+"""Which parameters of an architecture are one and the same, and which models store linear weights as (in, out).
 
-Facts of the architectures, as transformers declares them (``_tied_weights_keys``; layers of type ``Conv1D``).
+Facts of the architectures as transformers declares them. ``ties.json`` is made by fixtures/make_ties.py from the
+``_tied_weights_keys`` of its language models.
 """
 
 from __future__ import annotations
 
-# Parameter suffix of the input embedding → the head tied to it, in order of preference: (embedding, head).
-TIED_HEADS = (
-    ("model.language_model.embed_tokens.weight", "lm_head.weight"),
-    ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
-    ("model.decoder.embed_tokens.weight", "lm_head.weight"),
-    ("model.embed_tokens.weight", "lm_head.weight"),
-    ("model.shared.weight", "lm_head.weight"),
-    ("transformer.wte.weight", "lm_head.weight"),
-    ("transformer.word_embeddings.weight", "lm_head.weight"),
-    ("gpt_neox.embed_in.weight", "embed_out.weight"),
-    ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
-    ("roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"),
-    ("distilbert.embeddings.word_embeddings.weight", "vocab_projector.weight"),
-    ("shared.weight", "lm_head.weight"),
-)
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
-# Models whose heads cannot be untied by configuration: transformers ties them whatever config.json says.
-ALWAYS_TIED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
+# Models with transformers' Conv1D layers, whose weights are stored (in, out).
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 
-# Endings of the architectures (config.json) that have such a head.
-LANGUAGE_MODELS = (
-    "ForCausalLM",
-    "LMHeadModel",
-    "DoubleHeadsModel",
-    "ForMaskedLM",
-    "ForPreTraining",
-    "ForConditionalGeneration",
-)
+# Run-time names that transformers 5 reads from and writes to disk under another name, by model type.
+ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
 
 # Weights with one row for each label of a classification model.
 LABEL_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 
-# Models with transformers' Conv1D layers, whose weights are stored (in, out).
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+# What replaces "Model" in an architecture's name when a language head is put on it, by PEFT's task types.
+HEADED = {
+    "CAUSAL_LM": ("ForCausalLM", "LMHeadModel"),
+    "SEQ_2_SEQ_LM": ("ForConditionalGeneration",),
+}
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForMaskedLM", "ForPreTraining", "Generation")
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((files(__package__) / "ties.json").read_text())
+    return table
+
+
+def ties_of(architecture: str, task: str | None = None) -> Mapping[str, str] | None:
+    """Tied parameter → the parameter that it is, in this architecture, or in the one that ``task`` makes of it.
+
+    Empty where nothing is tied or there is no head; None for a language model that transformers does not have.
+    """
+    stem = architecture.removesuffix("Model")
+    headed = [stem + ending for ending in HEADED.get(task or "", ())] if stem != architecture else []
+    for row in _table()["ties"]:
+        if architecture in row["architectures"] or any(name in row["architectures"] for name in headed):
+            tied: Mapping[str, str] = row["tied"]
+            return tied
+    return None if architecture.endswith(LANGUAGE_MODELS) else {}
+
+
+def always_tied(model_type: str | None) -> bool:
+    """Whether transformers ties this model whatever config.json says."""
+    return model_type in _table()["always"]
