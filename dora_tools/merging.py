@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Kernel, Magnitude, loaded
+from .adapter import Axis, Kernel, loaded
 from .binding import Binding, Bound
 from .checkpoint import Checkpoint, Span, TensorInfo, blocks, single_threaded, tiles
 from .dtypes import encode, to_torch, working
@@ -32,7 +32,7 @@ class _Part:
 
     kernel: Kernel
     magnitude: torch.Tensor | None
-    ratio: torch.Tensor | None  # m / n per column, known beforehand; axis out computes it row by row
+    axis: Axis | None
     strength: float
 
 
@@ -69,7 +69,7 @@ class Merged:
         self._ratios: dict[tuple[str, int], torch.Tensor] = {}
         self._column_zeros: dict[str, int] = {}
         self._parts: OrderedDict[str, tuple[_Part, ...]] = OrderedDict()
-        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self._lock, self._loading, self._norming = threading.Lock(), threading.Lock(), threading.Lock()
         self._local = threading.local()
         if device.startswith("cuda"):
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -92,10 +92,8 @@ class Merged:
 
     def prepare(self, threads: int = 1) -> None:
         """What must be known before rows are: the column norms of in-axis DoRA, in one parallel pass over the base."""
-        for name, bounds in self._binding.bound.items():
-            for index, bound in enumerate(bounds):
-                if bound.magnitude is not None and bound.magnitude.axis == "in":
-                    self._ratio(name, index, bound, threads)
+        every = [(name, i) for name, bounds in self._binding.bound.items() for i in range(len(bounds))]
+        self._take_norms([at for at in every if self._axis(*at) == "in"], threads)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         if name not in self._binding.bound:
@@ -126,23 +124,24 @@ class Merged:
     def _tile(self, name: str, first: int, last: int, w: torch.Tensor) -> None:
         """The merged rows [first, last) into ``w``; the bounds are those of a tile."""
         parts = self._loaded(name, w.dtype)
+        ratios = [self._ratio(name, i) if part.axis == "in" else None for i, part in enumerate(parts)]
         self._base.read(name, first, last, w)
-        single = len(parts) == 1 and (parts[0].strength == 1.0 or parts[0].magnitude is None)
+        single = len(parts) == 1 and (parts[0].strength == 1.0 or parts[0].axis is None)
         pristine = None if single and not self._stats else w.clone()
         if single:
-            zeros = self._merge(parts[0], w, first)
+            zeros, finite = self._merge(parts[0], ratios[0], w, first)
         else:
             assert pristine is not None
-            zeros, total = 0, w.clone()
-            for part in parts:
+            zeros, finite, total = 0, False, w.clone()
+            for part, ratio in zip(parts, ratios, strict=True):
                 w.copy_(pristine)
-                zeros += self._merge(part, w, first)
+                zeros += self._merge(part, ratio, w, first)[0]
                 w.sub_(pristine)
-                if part.magnitude is not None:
+                if part.axis is not None:
                     w.mul_(part.strength)  # without a magnitude the strength is already in the kernel
                 total.add_(w)
             w.copy_(total)
-        if self._check and not bool(torch.isfinite(w.sum())) and not bool(w.isfinite().all()):
+        if self._check and not finite and not bool(w.isfinite().all()):
             raise FitError(
                 f"{name}: the merged rows {first} to {last} hold NaN or Inf. Does the base hold some? "
                 "--allow-nonfinite writes them all the same."
@@ -154,16 +153,22 @@ class Merged:
         self._sums[name][first] = (delta, weight, zeros)
 
     @staticmethod
-    def _merge(part: _Part, w: torch.Tensor, first: int) -> int:
-        """W becomes W', in place; returns how many rows had no direction."""
+    def _merge(part: _Part, ratio: torch.Tensor | None, w: torch.Tensor, first: int) -> tuple[int, bool]:
+        """W becomes W', in place; returns how many rows had no direction, and whether W' is known to be finite."""
         part.kernel.apply(w, first)
-        if part.ratio is not None:
-            w.mul_(part.ratio)
-        elif part.magnitude is not None:
-            ratio, zeros = factors(part.magnitude[first : first + w.shape[0]], row_norms(w))
+        if part.axis == "out":
+            assert part.magnitude is not None
+            norms = row_norms(w)
+            ratio, zeros = factors(part.magnitude[first : first + w.shape[0]], norms)
             w.mul_(ratio.unsqueeze(1))
-            return zeros
-        return 0
+            return zeros, bool(norms.sum().isfinite())  # |w'| ≤ |m|, which is finite
+        if ratio is not None:
+            w.mul_(ratio)
+        return 0, bool(w.sum().isfinite())
+
+    def _axis(self, name: str, index: int) -> Axis | None:
+        magnitude = self._binding.bound[name][index].magnitude
+        return magnitude.axis if magnitude is not None else None
 
     def _loaded(self, name: str, dtype: torch.dtype) -> tuple[_Part, ...]:
         with self._lock:
@@ -175,48 +180,53 @@ class Merged:
                 if name in self._parts:
                     return self._parts[name]
             parts = []
-            for index, bound in enumerate(self._binding.bound[name]):
+            for bound in self._binding.bound[name]:
                 m = bound.magnitude
-                strength = bound.strength if m is None else 1.0
-                kernel = bound.delta.kernel(strength, self._device, dtype, self._check)
-                ratio = self._ratio(name, index, bound, 1) if m is not None and m.axis == "in" else None
+                kernel = bound.delta.kernel(bound.strength if m is None else 1.0, self._device, dtype, self._check)
                 vector = loaded(m.vector, self._device, dtype, self._check) if m is not None else None
-                parts.append(_Part(kernel, vector, ratio, bound.strength))
+                parts.append(_Part(kernel, vector, m.axis if m is not None else None, bound.strength))
             with self._lock:
                 self._parts[name] = tuple(parts)
                 while len(self._parts) > _KEPT:
                     self._parts.popitem(last=False)
-            return self._parts[name]
+            return tuple(parts)
 
-    def _ratio(self, name: str, index: int, bound: Bound, threads: int) -> torch.Tensor:
-        """m / n of every column: one pass over the tensor, float64 sums added in row order."""
-        if (name, index) in self._ratios:
+    def _ratio(self, name: str, index: int) -> torch.Tensor:
+        with self._norming:
+            if (name, index) not in self._ratios:
+                self._take_norms([(name, index)], 1)
             return self._ratios[name, index]
-        assert isinstance(bound.magnitude, Magnitude)
-        info = self.tensors[name]
-        dtype = working(info.dtype)
-        kernel = bound.delta.kernel(1.0, self._device, dtype, self._check)
 
-        def squares(tile: tuple[int, int]) -> torch.Tensor:
+    def _take_norms(self, wanted: Sequence[tuple[str, int]], threads: int) -> None:
+        """m / n of every column of the ``wanted`` updates: float64 sums over the tiles, added in row order."""
+
+        def squares(item: tuple[tuple[str, int], tuple[int, int]]) -> torch.Tensor:
             single_threaded()
-            first, last = tile
-            w, scratch = self._scratch(last - first, info.width, dtype)
+            (name, index), (first, last) = item
+            info = self.tensors[name]
+            w, scratch = self._scratch(last - first, info.width, working(info.dtype))
+            part = self._loaded(name, w.dtype)[index]
             self._base.read(name, first, last, w)
-            kernel.apply(w, first)
+            part.kernel.apply(w, first)
             return column_squares(w, scratch)
 
-        total = torch.zeros(info.width, dtype=torch.float64, device=self._device)
-        waiting: dict[int, torch.Tensor] = {}
-        order = [first for first, _ in tiles(info)][::-1]
-        for (first, _), part in blocks(tiles(info), squares, threads):
-            waiting[first] = part
-            while order and order[-1] in waiting:
-                total += waiting.pop(order.pop())
-        m = loaded(bound.magnitude.vector, self._device, dtype, self._check)
-        ratio, zeros = factors(m, total.sqrt().to(dtype))
-        self._ratios[name, index] = ratio
-        self._column_zeros[name] = self._column_zeros.get(name, 0) + zeros
-        return ratio
+        rows = {
+            at: [first for first, _ in tiles(self.tensors[at[0]])][::-1] for at in wanted
+        }  # those to come, last first
+        early: dict[tuple[str, int], dict[int, torch.Tensor]] = {at: {} for at in wanted}
+        sums: dict[tuple[str, int], torch.Tensor] = {}
+        items = ((at, tile) for at in wanted for tile in tiles(self.tensors[at[0]]))
+        for (at, (start, _)), part in blocks(items, squares, threads):
+            early[at][start] = part
+            while rows[at] and rows[at][-1] in early[at]:
+                part = early[at].pop(rows[at].pop())
+                sums[at] = sums[at] + part if at in sums else part
+            if not rows[at]:
+                name, index = at
+                m = self._loaded(name, working(self.tensors[name].dtype))[index].magnitude
+                assert m is not None
+                self._ratios[at], zeros = factors(m, sums.pop(at).sqrt().to(m.dtype))
+                self._column_zeros[name] = self._column_zeros.get(name, 0) + zeros
 
     def _scratch(self, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Two buffers of this thread."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -50,6 +51,14 @@ def cli() -> None:
     5 the target cannot hold this · 6 disk, memory, device, network · 130 interrupted.
     DORA_TOOLS_DEBUG=1 shows the traceback of an error.
     """
+
+
+def program() -> int:
+    """``main`` as a process of its own. Its memory is buffers, not cycles: no need to collect, at a tenth of the time."""
+    gc.disable()
+    code = main()
+    gc.freeze()  # nothing to look through on the way out either
+    return code
 
 
 def main(arguments: list[str] | None = None) -> int:
