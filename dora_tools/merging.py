@@ -164,6 +164,7 @@ class Merged:
             return zeros, bool(norms.sum().isfinite())  # |w'| ≤ |m|, which is finite
         if ratio is not None:
             w.mul_(ratio)
+            return 0, bool(ratio.isfinite().all())  # as above: a column with NaN or Inf has no finite norm
         return 0, bool(w.sum().isfinite())
 
     def _axis(self, name: str, index: int) -> Axis | None:

@@ -54,7 +54,7 @@ def cli() -> None:
 
 
 def program() -> int:
-    """``main`` as a process of its own. Its memory is buffers, not cycles: no need to collect, at a tenth of the time."""
+    """``main`` as a process of its own: its memory is buffers, not cycles, and collecting takes a tenth of the time."""
     gc.disable()
     code = main()
     gc.freeze()  # nothing to look through on the way out either
