@@ -23,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dora_tools.checkpoint import Checkpoint
-from dora_tools.containers import torch_pickle
+from dora_tools.containers import pickles, torch_pickle
+from dora_tools.containers.pickles import Inert, TensorRecord
 from dora_tools.containers.source import Source
-from dora_tools.containers.torch_pickle import Inert, TensorRecord, TorchFile, open_torch, read_pickle
+from dora_tools.containers.torch_pickle import TorchFile, open_torch, read_pickle
 from dora_tools.errors import InputError, UnsupportedError
 
 LEGACY_HEAD = b"".join(
@@ -741,7 +742,7 @@ def test_memory_and_recursion_bombs(tmp_path: Path) -> None:
     }
     harmless = {"deep", "memo", "calls", "frame"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_pickle, "MAX_COPIES", 1_900_000)
+        patch.setattr(pickles, "MAX_COPIES", 1_900_000)
         for name, data in bombs.items():
             for make in (as_zip, as_legacy):
                 try:

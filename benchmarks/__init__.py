@@ -1,0 +1,1 @@
+"""Timings of dora-tools against what a user would otherwise run: ``python -m benchmarks --help``."""
