@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Axis = Literal["out", "in"]
+EpsRule = Literal["add", "clamp"]
 Kind = Literal["linear", "embedding", "conv"]
 
 
@@ -124,6 +125,26 @@ class ScaledLowRankKernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Unchanged:
+    """No delta: only the magnitude moved. ``shape`` has -1 for a side that the file does not tell."""
+
+    shape: tuple[int, int]
+
+    @property
+    def parameters(self) -> int:
+        return 0
+
+    def turned(self) -> Unchanged:
+        return Unchanged(self.shape[::-1])
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
+        return self
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        """V = W."""
+
+
+@dataclass(frozen=True, slots=True)
 class Dense:
     """A delta given in full: (out, in). A bias is one of a single column."""
 
@@ -169,15 +190,23 @@ def loaded(promise: Ref, device: str, dtype: torch.dtype, check: bool = True) ->
 class Magnitude:
     """DoRA's m, one number per output (axis "out") or per input (axis "in"): arXiv 2402.09353.
 
-    ``W' = (m / ‖V‖) ⊙ V`` with ``V = W + delta``; the norm runs along the other axis.
+    ``W' = (m / ‖V‖) ⊙ V`` with ``V = W + delta``; the norm runs along the other axis. ``eps`` is added to the norm, or
+    is its least value ("clamp"). ``scales_bias``: the trainer's forward pass has the bias inside, so b' = b ⊙ m / ‖V‖.
     """
 
     vector: Ref
     axis: Axis = "out"
+    eps: float = 0.0
+    eps_rule: EpsRule = "add"
+    scales_bias: bool = False
 
     def __post_init__(self) -> None:
         if len(self.vector.shape) != 1:
             raise InputError(f"{self.vector.key}: a magnitude is a vector, not of shape {list(self.vector.shape)}.")
+        if self.scales_bias and self.axis == "in":
+            raise InputError(
+                f"{self.vector.key}: a magnitude for each input cannot scale the bias, which is an output."
+            )
 
     def turned(self) -> Magnitude:
         return replace(self, axis="in" if self.axis == "out" else "out")
@@ -205,7 +234,7 @@ class Update:
         if self.magnitude is not None:
             expected = out if self.magnitude.axis == "out" else in_
             found = self.magnitude.vector.shape[0]
-            if found != expected:
+            if expected not in (found, -1):
                 raise InputError(
                     f"{self.magnitude.vector.key} has {found} entries, but the factors of {self.module} update a "
                     f"matrix with {expected} {'outputs' if self.magnitude.axis == 'out' else 'inputs'}."

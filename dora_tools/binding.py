@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Update
+from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Unchanged, Update
 from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
@@ -23,12 +23,16 @@ from .names.ties import CONV1D_MODELS, LABEL_HEADS, ON_DISK, always_tied, ties_o
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """One update on one stored matrix: ``delta`` and ``magnitude`` as the base stores it, rows first."""
+    """One update on one stored matrix: ``delta`` and ``magnitude`` as the base stores it, rows first.
+
+    ``follows``: for a bias that is multiplied by the factors m / n of a weight: its name, and which of its updates.
+    """
 
     module: str
     delta: Delta
     magnitude: Magnitude | None
     strength: float = 1.0
+    follows: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,10 +143,14 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
 
     heads = set() if plan.tied_off else (plan.ties or {}).keys()
     unplaced: list[str] = []
+    placed: dict[str, str] = {}
     for update in adapter.updates:
         name = place(weights[update.module])
         if name not in known and name not in heads:
             unplaced.append(name)
+        if name in placed:
+            raise FitError(f"{placed[name]} and {update.module} of the adapter are both {name} in the base.")
+        placed[name] = update.module
         plan.updates.setdefault(name, []).append((update, strength))
         if update.bias is not None:
             bias = name.removesuffix("weight") + "bias"
@@ -364,14 +372,14 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
                 f"{name} is stored as {info.dtype} in {info.file}: a quantised base. Give the base it was made from, "
                 "or a dequantised copy."
             )
-        bounds = []
+        bounds: list[Bound] = []
         for update, strength in updates:
             out, in_ = update.delta.shape
             stored = (info.shape[0], prod(info.shape[1:]))
             turn = update.kind == "embedding" or (update.kind == "linear" and turned(update, stored))
             expected = (in_, out) if turn else (out, in_)
             conv_fits = not update.kernel_size or info.shape[1:] == update.kernel_size
-            if stored != expected or not conv_fits:
+            if any(want not in (has, -1) for want, has in zip(expected, stored, strict=True)) or not conv_fits:
                 raise FitError(_misfit_sentence(update, expected, info, plan))
             if len(info.shape) > 2:
                 widths[name] = stored[1]
@@ -385,6 +393,15 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
                 )
             )
         bound[name] = tuple(bounds)
+    for name, on_weight in list(bound.items()):
+        bias = name.removesuffix("weight") + "bias"
+        followers = [
+            Bound(b.module, Unchanged((view.tensors[bias].shape[0], 1)), None, b.strength, (name, i))
+            for i, b in enumerate(on_weight)
+            if b.magnitude is not None and b.magnitude.scales_bias and bias in view.tensors
+        ]
+        if followers:
+            bound[bias] = (*bound.get(bias, ()), *followers)
     return bound, widths
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .adapter import Axis
+from .adapter import Axis, EpsRule
 
 
 def row_norms(v: torch.Tensor) -> torch.Tensor:
@@ -22,10 +22,15 @@ def column_squares(v: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     return torch.mul(v, v, out=scratch).sum(0).double()
 
 
-def factors(m: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """m / n, and 1 where n = 0 (a row without direction stays as it is); with the number of such places."""
+def factors(m: torch.Tensor, n: torch.Tensor, eps: float = 0.0, eps_rule: EpsRule = "add") -> tuple[torch.Tensor, int]:
+    """m / n, and 1 where n = 0 (a row without direction stays as it is); with the number of such places.
+
+    ``eps`` keeps n from 0 the way the trainer did: added to it, or as its least value.
+    """
     zero = n == 0
     count = int(zero.sum())
+    if eps:
+        n = n + eps if eps_rule == "add" else n.clamp_min(eps)
     ratio = m / n
     return (torch.where(zero, torch.ones_like(ratio), ratio) if count else ratio), count
 

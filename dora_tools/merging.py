@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Axis, Kernel, loaded
+from .adapter import Axis, Kernel, Magnitude, loaded
 from .binding import Binding, Bound
 from .checkpoint import Checkpoint, Span, TensorInfo, blocks, single_threaded, tiles
 from .dtypes import encode, to_torch, working
@@ -31,9 +31,26 @@ class _Part:
     """One bound update, loaded."""
 
     kernel: Kernel
-    magnitude: torch.Tensor | None
-    axis: Axis | None
+    vector: torch.Tensor | None  # the magnitude's
+    magnitude: Magnitude | None
+    follows: tuple[str, int] | None
     strength: float
+
+    @property
+    def axis(self) -> Axis | None:
+        return self.magnitude.axis if self.magnitude is not None else None
+
+    @property
+    def linear(self) -> bool:
+        """Only adds something, so that its kernel has the strength in it already."""
+        return self.magnitude is None and self.follows is None
+
+    def factors(self, norms: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, int]:
+        """m / n for the norms of rows or columns from ``first`` on, and how many of those have no direction."""
+        assert self.vector is not None
+        assert self.magnitude is not None
+        m = self.vector[first : first + norms.shape[0]]
+        return factors(m, norms, self.magnitude.eps, self.magnitude.eps_rule)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +108,10 @@ class Merged:
         return None if name in self._binding.bound else self._base.span(name)
 
     def prepare(self, threads: int = 1) -> None:
-        """What must be known before rows are: the column norms of in-axis DoRA, in one parallel pass over the base."""
-        every = [(name, i) for name, bounds in self._binding.bound.items() for i in range(len(bounds))]
-        self._take_norms([at for at in every if self._axis(*at) == "in"], threads)
+        """What must be known before rows are, in one parallel pass: column norms, and factors that biases follow."""
+        bounds = [(name, i, b) for name, bounds in self._binding.bound.items() for i, b in enumerate(bounds)]
+        columns = [(name, i) for name, i, b in bounds if b.magnitude is not None and b.magnitude.axis == "in"]
+        self._take_norms([*columns, *(b.follows for _, _, b in bounds if b.follows is not None)], threads)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         if name not in self._binding.bound:
@@ -124,9 +142,9 @@ class Merged:
     def _tile(self, name: str, first: int, last: int, w: torch.Tensor) -> None:
         """The merged rows [first, last) into ``w``; the bounds are those of a tile."""
         parts = self._loaded(name, w.dtype)
-        ratios = [self._ratio(name, i) if part.axis == "in" else None for i, part in enumerate(parts)]
+        ratios = [self._factors_beforehand(name, i, part, first, last) for i, part in enumerate(parts)]
         self._base.read(name, first, last, w)
-        single = len(parts) == 1 and (parts[0].strength == 1.0 or parts[0].axis is None)
+        single = len(parts) == 1 and (parts[0].strength == 1.0 or parts[0].linear)
         pristine = None if single and not self._stats else w.clone()
         if single:
             zeros, finite = self._merge(parts[0], ratios[0], w, first)
@@ -137,8 +155,8 @@ class Merged:
                 w.copy_(pristine)
                 zeros += self._merge(part, ratio, w, first)[0]
                 w.sub_(pristine)
-                if part.axis is not None:
-                    w.mul_(part.strength)  # without a magnitude the strength is already in the kernel
+                if not part.linear:
+                    w.mul_(part.strength)
                 total.add_(w)
             w.copy_(total)
         if self._check and not finite and not bool(w.isfinite().all()):
@@ -157,19 +175,21 @@ class Merged:
         """W becomes W', in place; returns how many rows had no direction, and whether W' is known to be finite."""
         part.kernel.apply(w, first)
         if part.axis == "out":
-            assert part.magnitude is not None
             norms = row_norms(w)
-            ratio, zeros = factors(part.magnitude[first : first + w.shape[0]], norms)
+            ratio, zeros = part.factors(norms, first)
             w.mul_(ratio.unsqueeze(1))
             return zeros, bool(norms.sum().isfinite())  # |w'| ≤ |m|, which is finite
         if ratio is not None:
             w.mul_(ratio)
-            return 0, bool(ratio.isfinite().all())  # as above: a column with NaN or Inf has no finite norm
+            if part.axis == "in":
+                return 0, bool(ratio.isfinite().all())  # as above: a column with NaN or Inf has no finite norm
         return 0, bool(w.sum().isfinite())
 
-    def _axis(self, name: str, index: int) -> Axis | None:
-        magnitude = self._binding.bound[name][index].magnitude
-        return magnitude.axis if magnitude is not None else None
+    def _factors_beforehand(self, name: str, index: int, part: _Part, first: int, last: int) -> torch.Tensor | None:
+        """m / n where it is not a matter of these rows alone: of every column; or, for a bias, those of its weight."""
+        if part.follows is not None:
+            return self._ratio(*part.follows)[first:last].unsqueeze(1)
+        return self._ratio(name, index) if part.axis == "in" else None
 
     def _loaded(self, name: str, dtype: torch.dtype) -> tuple[_Part, ...]:
         with self._lock:
@@ -183,9 +203,10 @@ class Merged:
             parts = []
             for bound in self._binding.bound[name]:
                 m = bound.magnitude
-                kernel = bound.delta.kernel(bound.strength if m is None else 1.0, self._device, dtype, self._check)
+                linear = m is None and bound.follows is None
+                kernel = bound.delta.kernel(bound.strength if linear else 1.0, self._device, dtype, self._check)
                 vector = loaded(m.vector, self._device, dtype, self._check) if m is not None else None
-                parts.append(_Part(kernel, vector, m.axis if m is not None else None, bound.strength))
+                parts.append(_Part(kernel, vector, m, bound.follows, bound.strength))
             with self._lock:
                 self._parts[name] = tuple(parts)
                 while len(self._parts) > _KEPT:
@@ -199,7 +220,7 @@ class Merged:
             return self._ratios[name, index]
 
     def _take_norms(self, wanted: Sequence[tuple[str, int]], threads: int) -> None:
-        """m / n of every column of the ``wanted`` updates: float64 sums over the tiles, added in row order."""
+        """m / n of the ``wanted`` updates: for each column (float64 sums over the tiles, in row order), or each row."""
 
         def squares(item: tuple[tuple[str, int], tuple[int, int]]) -> torch.Tensor:
             single_threaded()
@@ -209,25 +230,27 @@ class Merged:
             part = self._loaded(name, w.dtype)[index]
             self._base.read(name, first, last, w)
             part.kernel.apply(w, first)
-            return column_squares(w, scratch)
+            return column_squares(w, scratch) if part.axis == "in" else row_norms(w)
 
-        rows = {
-            at: [first for first, _ in tiles(self.tensors[at[0]])][::-1] for at in wanted
-        }  # those to come, last first
+        waiting = {at: [first for first, _ in tiles(self.tensors[at[0]])][::-1] for at in wanted}  # the next one last
         early: dict[tuple[str, int], dict[int, torch.Tensor]] = {at: {} for at in wanted}
-        sums: dict[tuple[str, int], torch.Tensor] = {}
+        taken: dict[tuple[str, int], list[torch.Tensor]] = {at: [] for at in wanted}
         items = ((at, tile) for at in wanted for tile in tiles(self.tensors[at[0]]))
-        for (at, (start, _)), part in blocks(items, squares, threads):
-            early[at][start] = part
-            while rows[at] and rows[at][-1] in early[at]:
-                part = early[at].pop(rows[at].pop())
-                sums[at] = sums[at] + part if at in sums else part
-            if not rows[at]:
-                name, index = at
-                m = self._loaded(name, working(self.tensors[name].dtype))[index].magnitude
-                assert m is not None
-                self._ratios[at], zeros = factors(m, sums.pop(at).sqrt().to(m.dtype))
+        for (at, (start, _)), norms in blocks(items, squares, threads):
+            name, index = at
+            part = self._loaded(name, working(self.tensors[name].dtype))[index]
+            early[at][start] = norms
+            while waiting[at] and waiting[at][-1] in early[at]:
+                taken[at].append(early[at].pop(waiting[at].pop()))
+                if part.axis == "in":
+                    taken[at] = [sum(taken[at][1:], start=taken[at][0])]
+            if waiting[at]:
+                continue
+            if part.axis == "in":
+                self._ratios[at], zeros = part.factors(taken.pop(at)[0].sqrt().to(working(self.tensors[name].dtype)))
                 self._column_zeros[name] = self._column_zeros.get(name, 0) + zeros
+            else:
+                self._ratios[at], _ = part.factors(torch.cat(taken.pop(at)))
 
     def _scratch(self, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Two buffers of this thread."""
