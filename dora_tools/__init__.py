@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
+    from .api import convert as convert
     from .api import inspect as inspect
     from .api import merge as merge
     from .api import merged as merged
@@ -16,10 +17,13 @@ if TYPE_CHECKING:
     from .api import read_adapter as read_adapter
     from .api import write_adapter as write_adapter
     from .errors import DoraToolsError as DoraToolsError
+    from .formats import Given as Given
 
 _HOMES = {
     "Adapter": "adapter",
     "DoraToolsError": "errors",
+    "Given": "formats",
+    "convert": "api",
     "inspect": "api",
     "merge": "api",
     "merged": "api",

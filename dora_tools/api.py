@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 from . import companions, containers, formats, hub
 from .adapter import Adapter
 from .binding import Binding, bind
-from .checkpoint import Checkpoint, Deferred
+from .checkpoint import Checkpoint, Deferred, plain
 from .containers.safetensors import lay_out
 from .dtypes import DTYPES, dtype_named
 from .errors import InputError, TargetError, UsageError
+from .formats import Given
 from .layout import Computed, File, Layout
 from .summary import Summary, summarise
 from .write import Progress, check_room, check_target, write
@@ -31,14 +32,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return containers.open_checkpoint(hub.resolve(path, "base"))
 
 
-def read_adapter(path: str | Path, format: str | None = None) -> Adapter:
-    """An adapter from a directory, file or hub id; ``format`` overrides detection. Raises InputError, UsageError."""
-    return _read(path, format)[0].adapter
+def read_adapter(path: str | Path, format: str | None = None, given: Given | None = None) -> Adapter:
+    """An adapter from a directory, file or hub id. Raises InputError, UsageError.
+
+    ``format`` overrides detection; ``given`` is what the file does not record (alpha, scale rule, magnitude axis).
+    """
+    return _read(path, format, given)[0].adapter
 
 
-def _read(path: str | Path, format: str | None = None) -> tuple[formats.Reading, Path]:
+def _read(path: str | Path, format: str | None = None, given: Given | None = None) -> tuple[formats.Reading, Path]:
     place = _adapter_home(hub.resolve(path, "adapter"))
-    return formats.read(containers.open_checkpoint(place), str(path), format), place
+    return formats.read(containers.open_checkpoint(place), str(path), format, given), place
 
 
 def _adapter_home(path: Path) -> Path:
@@ -52,29 +56,55 @@ def _adapter_home(path: Path) -> Path:
     return inner[0] if inner else path
 
 
-def write_adapter(adapter: Adapter, path: str | Path, format: str = "peft", force: bool = False) -> None:
-    """Write an adapter as a directory of another tool. Raises TargetError for what that format cannot hold."""
-    known = formats.formats()
-    if format not in known:
-        raise UsageError(f"There is no format '{format}'; known are {', '.join(sorted(known))}.")
-    writer = known[format].write
+def write_adapter(
+    adapter: Adapter, path: str | Path, format: str = "peft", force: bool = False, sources: Iterable[Path] = ()
+) -> tuple[str, ...]:
+    """Write an adapter as a directory of another tool; returns what its user must know.
+
+    Raises TargetError for what that format cannot hold, and UsageError for an output that is there or is a source.
+    """
+    writer = formats.named(format).write
     if writer is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
     written = writer(adapter)
     files = lay_out(written.tensors, file=written.file)
     files += [File(name, (data,)) for name, data in written.documents.items()]
     layout, folder = Layout(files), Path(path)
-    check_target(layout, folder, (), force)
+    check_target(layout, folder, sources, force)
     check_room(layout, folder)
     write(written.tensors, layout, folder)
+    return written.notes
 
 
-def inspect(path: str | Path, base: BaseLike | None = None, stats: bool = False, format: str | None = None) -> Summary:
+def convert(
+    path: str | Path,
+    out: str | Path,
+    to: str,
+    format: str | None = None,
+    given: Given | None = None,
+    force: bool = False,
+) -> tuple[str, ...]:
+    """An adapter in another tool's format; returns notes: what was unusual, left aside, or must be known to use it.
+
+    Raises InputError for what cannot be read and TargetError for what ``to`` cannot hold.
+    """
+    reading, place = _read(path, format, given)
+    left = tuple(f"left out {name}: {why}" for name, why in reading.left_out.items())
+    return (*reading.adapter.notes, *left, *write_adapter(reading.adapter, out, to, force, [place]))
+
+
+def inspect(
+    path: str | Path,
+    base: BaseLike | None = None,
+    stats: bool = False,
+    format: str | None = None,
+    given: Given | None = None,
+) -> Summary:
     """What is in an adapter.
 
     With ``base``, also where each module goes, refused as a merge would be; ``stats`` reads the values.
     """
-    reading, _ = _read(path, format)
+    reading, _ = _read(path, format, given)
     placed: dict[str, str] = {}
     if base is not None:
         binding = bind([(reading.adapter, 1.0)], _base(base))
@@ -84,11 +114,16 @@ def inspect(path: str | Path, base: BaseLike | None = None, stats: bool = False,
 
 def _base(base: BaseLike) -> Checkpoint:
     if isinstance(base, str | Path):
-        return containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES)
+        return plain(containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES), str(base))
     return base
 
 
-def _adapters(adapter: AdapterLike | Sequence[AdapterLike], strength: float | Sequence[float]) -> list[_Input]:
+def _adapters(
+    adapter: AdapterLike | Sequence[AdapterLike],
+    strength: float | Sequence[float],
+    format: str | None = None,
+    given: Given | None = None,
+) -> list[_Input]:
     many = [adapter] if isinstance(adapter, Adapter | str | Path) else list(adapter)
     strengths = [float(strength)] * len(many) if isinstance(strength, int | float) else [float(s) for s in strength]
     if not many:
@@ -100,8 +135,8 @@ def _adapters(adapter: AdapterLike | Sequence[AdapterLike], strength: float | Se
         if isinstance(one, Adapter):
             inputs.append(_Input(one, s))
         else:
-            reading, place = _read(one)
-            inputs.append(_Input(reading.adapter, s, str(one), place, reading.left_out))
+            reading, place = _read(one, format, given)
+            inputs.append(_Input(reading.adapter, s, str(one), place, reading.left_out, reading.base))
     return inputs
 
 
@@ -111,7 +146,8 @@ class _Input:
     strength: float
     name: str = "(in memory)"
     place: Path | None = None
-    left_out: Any = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    base: Checkpoint | None = None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files that the adapter was read from."""
@@ -261,23 +297,25 @@ def plan_merge(
     force: bool = False,
     allow_nonfinite: bool = False,
     threads: int | None = None,
+    format: str | None = None,
+    given: Given | None = None,
 ) -> MergePlan:
     """Read, bind, lay out and check a merge without writing anything: all that can fail from names, shapes and space.
 
-    ``base`` None: the model that the adapter names. ``out``: a directory, or for a base that is one file also a
-    ``.safetensors`` file. Raises any error of ``errors``.
+    ``base`` None: the base that the adapter's file brings with it, or the model that it names. ``out``: a directory, or
+    for a base that is one file also a ``.safetensors`` file. Raises any error of ``errors``.
     """
     import os
 
-    inputs = _adapters(adapter, strength)
+    inputs = _adapters(adapter, strength, format, given)
     names = [i.adapter.base_model for i in inputs if i.adapter.base_model]
     if base is None:
-        if not names:
+        own = [i.base for i in inputs if i.base is not None]
+        if not own and not names:
             raise UsageError("The adapter does not name its base model; give it with --base.")
-        base = names[0]
+        base = own[0] if own else names[0]
     place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
-    checkpoint = containers.open_checkpoint(place, containers.BASE_FILES) if place else base
-    assert not isinstance(checkpoint, str | Path)
+    checkpoint = _base(place or base)
     binding = bind([(i.adapter, i.strength) for i in inputs], checkpoint)
 
     target = dtype_named(dtype) if dtype else None
@@ -296,7 +334,8 @@ def plan_merge(
         return Merged(binding, device, stats, allow_nonfinite)
 
     result = Deferred(binding.base, binding.bound, make)
-    files = lay_out(result, dtypes=dtypes, max_shard_size=max_shard_size, file=file)
+    whole = "model.safetensors" if place is None and max_shard_size is None else None  # from memory or a mixed file
+    files = lay_out(result, dtypes=dtypes, max_shard_size=max_shard_size, file=file or whole)
     base_name = names[0] if names else str(base) if place else "(in memory)"
     with_card = file is None
     if with_card:

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from .dtypes import DTYPES, of_torch
+from .errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -231,6 +232,17 @@ class Deferred:
 
     def span(self, name: str) -> Span | None:
         return None if name in self._computed else self._base.span(name)
+
+
+def plain(checkpoint: Checkpoint, where: str) -> Checkpoint:
+    """``checkpoint``, if nothing in it is ``opaque``: not a plain tensor, which no reader here could carry on."""
+    opaque: Mapping[str, str] = checkpoint.metadata.get("opaque") or {}
+    for name, what in opaque.items():
+        raise InputError(
+            f"{where}: {len(opaque)} entries are not plain tensors (first: {name}, {what}); quantised or distributed "
+            "tensors must be saved as dense ones first."
+        )
+    return checkpoint
 
 
 def arranged(

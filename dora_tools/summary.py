@@ -75,7 +75,9 @@ class Summary:
             table.add_column("‖s·BA‖ (mean)", justify="right")
         for key, members in groups.items():
             last, kind, (out, in_), rank, scaling, source, dtype, magnitude = key
-            row = [last, str(len(members)), kind, f"{out} × {in_}", str(rank), f"{scaling:g} = {source}", dtype]
+            size = f"{out} × {in_}".replace("-1", "?")
+            scale = f"{scaling:g} = {source}" if scaling is not None else "–"
+            row = [last, str(len(members)), kind, size, "–" if rank is None else str(rank), scale, dtype]
             row.append(magnitude or "–")
             if measured:
                 row.append(f"{sum(m.change or 0.0 for m in members) / len(members):.4g}")

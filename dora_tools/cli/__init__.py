@@ -16,6 +16,7 @@ from ..errors import DoraToolsError
 
 COMMANDS = {
     "merge": "Merge adapters into the dense weights of a model.",
+    "convert": "Convert an adapter to another tool's format.",
     "inspect": "Show what is in an adapter.",
     "formats": "List the adapter formats that can be read and written.",
 }

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from .options import reading
 
 
 @click.command("inspect")
 @click.argument("path", metavar="ADAPTER")
 @click.option("--base", metavar="BASE", help="Also check that every tensor finds its place in this model.")
-@click.option("--from", "format", metavar="FORMAT", help="Read as this format instead of detecting it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (a versioned schema) instead of a table.")
 @click.option("--stats", is_flag=True, help="Read the values too: the size of each module's update.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the updates' sizes as an image.")
-def command(path: str, base: str | None, format: str | None, as_json: bool, stats: bool, plot: Path | None) -> None:
+@reading
+def command(
+    path: str, base: str | None, format: str | None, as_json: bool, stats: bool, plot: Path | None, given: Any
+) -> None:
     """Show what is in ADAPTER: its format, base model, ranks, scaling and where it came from, modules, magnitudes.
 
     Only names and shapes are read, unless --stats or --plot asks for values.
     """
     from .. import api
 
-    summary = api.inspect(path, base, stats or plot is not None, format)
+    summary = api.inspect(path, base, stats or plot is not None, format, given)
     if plot is not None:
         summary.plot(plot)
     if as_json:

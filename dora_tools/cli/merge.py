@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import reading
+
 if TYPE_CHECKING:
     from ..api import MergePlan
     from ..merging import Merged
@@ -48,6 +50,7 @@ class _Size(click.ParamType[int]):
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Merge although the adapter or a result holds NaN or Inf.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON (a versioned schema) on stdout.")
+@reading
 def command(
     adapters: tuple[str, ...],
     base: str | None,

@@ -80,16 +80,8 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _joined(parts: Iterable[Checkpoint], documents: Mapping[str, Any]) -> Checkpoint:
-    """Several checkpoints as one. Raises InputError for what is no plain tensor, which nothing here could carry on."""
+    """Several checkpoints as one."""
     parts = list(parts)
-    for part in parts:
-        opaque = part.metadata.get("opaque") or {}
-        if opaque:
-            name, what = next(iter(opaque.items()))
-            raise InputError(
-                f"{len(opaque)} entries of the file are not plain tensors (first: {name}, {what}); quantised or "
-                "distributed tensors must be saved as dense ones first."
-            )
     sources = {name: (part, name) for part in parts for name in part.tensors}
     metadata: dict[str, Any] = {key: value for part in parts for key, value in part.metadata.items()}
     tensors = {name: info for part in parts for name, info in part.tensors.items()}

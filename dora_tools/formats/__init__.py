@@ -1,7 +1,7 @@
-"""Adapter formats: a checkpoint with its config ⇄ an Adapter. One module per format; none imports another.
+"""Adapter formats: a checkpoint with its config ⇄ an Adapter. One module or table per format; none imports another.
 
-A format is a module of this package that defines ``FORMAT``. Dropping the file in is all: detection, the choices of
-the command line and the round-trip tests find it by that name.
+A format is a module of this package that defines ``FORMAT``, or a table in ``tables/*.toml`` (see ``table``). Dropping
+the file in is all: detection, the choices of the command line and the tests of all formats find it.
 """
 
 from __future__ import annotations
@@ -9,64 +9,97 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from ..adapter import Adapter
-from ..checkpoint import Checkpoint
+from ..adapter import Adapter, Axis
+from ..checkpoint import Checkpoint, plain
 from ..errors import InputError, UsageError
+
+SCALE_RULES = ("alpha", "alpha/rank", "rslora", "one")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the user says of a file that it does not record: alpha and the rule, or the scaling itself; m's axis."""
+
+    alpha: float | None = None
+    scaling: float | None = None
+    scale_rule: str | None = None
+    magnitude_axis: Axis | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale_rule not in (None, *SCALE_RULES):
+            raise UsageError(f"There is no scale rule '{self.scale_rule}'; known are {', '.join(SCALE_RULES)}.")
+        if self.scaling is not None and (self.alpha is not None or self.scale_rule is not None):
+            raise UsageError(
+                "--scaling is the number that is multiplied; it leaves nothing for --alpha or --scale-rule."
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a reader made of a file: the adapter, and the names that it left aside, with the reason."""
+    """What a reader made of a file: the adapter, the base that came with it, and the names left aside, with why."""
 
     adapter: Adapter
-    left_out: Mapping[str, str]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    base: Checkpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a writer wants on disk: tensors for one weight file of that name, and small files beside it."""
+    """What a writer wants on disk: tensors for one weight file of that name, small files beside it, what to know."""
 
     tensors: Checkpoint
     file: str
-    documents: Mapping[str, bytes]
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One dialect. ``sniff`` looks at names and config only; ``read`` raises InputError; ``write`` TargetError."""
+    """One dialect. ``sniff`` looks at names and config only; ``read`` raises InputError; ``write`` TargetError.
+
+    ``unwraps``: it takes a wrapper off and hands what is inside back to detection.
+    """
 
     name: str
     about: str
     sniff: Callable[[Checkpoint], bool]
-    read: Callable[[Checkpoint], Reading]
+    read: Callable[[Checkpoint, Given], Reading]
     write: Callable[[Adapter], Written] | None = None
+    unwraps: bool = False
 
 
 @cache
 def formats() -> dict[str, Format]:
-    """All formats by name."""
+    """All formats by name, in the order in which they are tried."""
     found: dict[str, Format] = {}
     for module in pkgutil.iter_modules(__path__):
-        candidate: Any = getattr(importlib.import_module(f"{__name__}.{module.name}"), "FORMAT", None)
-        if isinstance(candidate, Format):
-            found[candidate.name] = candidate
+        loaded: Any = importlib.import_module(f"{__name__}.{module.name}")
+        for candidate in (getattr(loaded, "FORMAT", None), *getattr(loaded, "FORMATS", ())):
+            if isinstance(candidate, Format):
+                found[candidate.name] = candidate
     return found
 
 
-def read(checkpoint: Checkpoint, where: str, name: str | None = None) -> Reading:
+def named(name: str) -> Format:
+    """The format of that name. Raises UsageError."""
+    known = formats()
+    if name not in known:
+        raise UsageError(f"There is no format '{name}'; known are {', '.join(sorted(known))}.")
+    return known[name]
+
+
+def read(checkpoint: Checkpoint, where: str, name: str | None = None, given: Given | None = None) -> Reading:
     """Read an adapter in the named or the detected format. Raises InputError, UsageError for an unknown name."""
     known = formats()
-    if name is not None:
-        if name not in known:
-            raise UsageError(f"There is no format '{name}'; known are {', '.join(sorted(known))}.")
-        return known[name].read(checkpoint)
-    for candidate in known.values():
-        if candidate.sniff(checkpoint):
-            return candidate.read(checkpoint)
+    for candidate in known.values() if name is None else (named(name),):
+        if name is not None or candidate.sniff(checkpoint):
+            if not candidate.unwraps:
+                plain(checkpoint, where)
+            return candidate.read(checkpoint, given or Given())
     keys = ", ".join(list(checkpoint.tensors)[:4])
     raise InputError(
         f"{where} is not recognised as an adapter: {len(checkpoint.tensors)} tensors ({keys}{', …' if keys else ''}) "

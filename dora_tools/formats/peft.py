@@ -18,7 +18,7 @@ from typing import Any
 from ..adapter import Adapter, LowRank, Magnitude, Replacement, Update
 from ..checkpoint import Checkpoint, Ref, Tensors, ref
 from ..errors import InputError, TargetError, UnsupportedError
-from . import Format, Reading, Written
+from . import Format, Given, Reading, Written
 
 _LEAVES = {
     "lora_A": "A",
@@ -45,7 +45,7 @@ def _sniff(checkpoint: Checkpoint) -> bool:
     return "adapter_config" in checkpoint.metadata
 
 
-def _read(checkpoint: Checkpoint) -> Reading:
+def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     config = _checked(checkpoint.metadata.get("adapter_config"))
     modules, replaced, left_out = _sort_keys(checkpoint, config)
     rank, notes = _Patterns(config, "rank_pattern", "r", 8), []
@@ -294,6 +294,11 @@ def _write(adapter: Adapter) -> Written:
         if not isinstance(delta, LowRank):
             raise TargetError(f"{update.module}: PEFT's LoRA holds low-rank updates only; merge the adapter instead.")
         a, b, m = delta.lora_A, delta.lora_B, update.magnitude.vector if update.magnitude else None
+        if update.magnitude and (update.magnitude.eps or update.magnitude.scales_bias):
+            raise TargetError(
+                f"{update.module}: this DoRA has an eps in its norm or scales the bias, which PEFT's does not. A dense "
+                "merge keeps it exactly."
+            )
         if update.magnitude and update.magnitude.axis == "in":
             raise TargetError(
                 f"{update.module}: PEFT's DoRA has one magnitude per output, this one has one per input. A dense merge "

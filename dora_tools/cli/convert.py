@@ -1,0 +1,26 @@
+"""``dora-tools convert``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .options import reading
+
+
+@click.command("convert")
+@click.argument("adapter", metavar="ADAPTER")
+@click.option("-o", "--out", required=True, metavar="OUT", help="Directory to write.")
+@click.option("--to", required=True, metavar="FORMAT", help="The format to write (see dora-tools formats).")
+@click.option(
+    "--force", is_flag=True, help="Write into a directory that is not empty, replacing files of the same name."
+)
+@reading
+def command(adapter: str, out: str, to: str, force: bool, format: str | None, given: Any) -> None:
+    """Convert ADAPTER to another tool's format, exactly, or refuse and say why."""
+    from .. import api
+
+    for note in api.convert(adapter, out, to, format, given, force):
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"Wrote {to} to {out}.", err=True)

@@ -1,0 +1,155 @@
+"""Checkpoints of Lightning, Fabric and plain training loops: the state dict inside, with what stands around it.
+
+A wrapper: it finds the tensors of the network, takes off what training put around their names, makes the
+hyper-parameters readable (as data; nothing is executed), and hands the rest back to detection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..adapter import Adapter
+from ..checkpoint import Checkpoint, View
+from ..errors import InputError, UnsupportedError
+from . import Format, Given, Reading, read
+
+_WRAPPERS = {
+    "_orig_mod",
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_offload_wrapped_module",
+}
+_STATES = ("state_dict", "model", "module")  # where the network's tensors lie in the saved object
+_ATTRIBUTES = re.compile(r"(model|net|network|backbone|llm|lm|module|transformer_model)\.")
+_COPIES = re.compile(r"(^|\.)(ema|ema_model|model_ema|ema_net|average_model|averaged_model|swa_model)\.")
+_HPARAMS = ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args")
+_INNER = re.compile(r"(lora|peft|adapter)_?(config|args|params)?|model|config|args|hparams")
+
+
+def _state(checkpoint: Checkpoint) -> str | None:
+    """The key of the saved object that holds the network's tensors; None where the object is the state dict itself."""
+    saved = checkpoint.metadata.get("object")
+    if isinstance(saved, dict):
+        return next((key for key in _STATES if isinstance(saved.get(key), dict) and saved[key]), None)
+    if "meta" in checkpoint.metadata:  # a sharded checkpoint: the tensors lie beside the object
+        return next((key for key in _STATES if any(n.startswith(f"{key}.") for n in checkpoint.tensors)), None)
+    return None
+
+
+def _wrapped(name: str) -> bool:
+    return bool(_WRAPPERS & {*name.split(".")}) or name.startswith("module.")
+
+
+def _sniff(checkpoint: Checkpoint) -> bool:
+    if "adapter_config" in checkpoint.metadata:
+        return False
+    return _state(checkpoint) is not None or any(_wrapped(name) for name in checkpoint.tensors)
+
+
+def _read(checkpoint: Checkpoint, given: Given) -> Reading:
+    state, left_out = _state(checkpoint), dict[str, str]()
+    prefix = f"{state}." if state else ""
+    names: dict[str, str] = {}
+    for name in checkpoint.tensors:
+        if not name.startswith(prefix):
+            continue  # optimizers, callbacks: no weights of the network, and far too many to list
+        inner = _unwrapped(name.removeprefix(prefix))
+        if "_flat_param" in inner:
+            raise UnsupportedError(
+                f"{name} is a flattened FSDP parameter; save the full state dict, or the sharded one."
+            )
+        if _COPIES.search(inner):
+            left_out[inner] = "a running average of the weights"
+            continue
+        if inner in names:
+            raise InputError(f"{name} and {names[inner]} are both '{inner}' without the wrappers in their names.")
+        names[inner] = name
+    opaque = checkpoint.metadata.get("opaque", {})
+    hparams = _hyper_parameters(checkpoint)
+    metadata: dict[str, Any] = {
+        "hyper_parameters": hparams,
+        "opaque": {k.removeprefix(prefix): v for k, v in opaque.items() if k.startswith(prefix)},
+        "config": {},
+    }
+    if isinstance(hparams.get("peft_type"), str):
+        metadata["adapter_config"] = hparams
+    inside = View(
+        {inner: (checkpoint, name) for inner, name in names.items()},
+        {inner: checkpoint.tensors[name] for inner, name in names.items()},
+        metadata,
+    )
+    return _of_the_network(read(inside, "The state dict in the checkpoint", given=given), left_out)
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(s for s in name.removeprefix("module.").split(".") if s not in _WRAPPERS)
+
+
+def _of_the_network(reading: Reading, left_out: dict[str, str]) -> Reading:
+    """Names as the network has them: without the module's attribute that holds it; other networks are left out."""
+    adapter, base = reading.adapter, reading.base
+    match = _ATTRIBUTES.match(adapter.updates[0].module) if adapter.updates else None
+    root = match[0] if match and all(u.module.startswith(match[0]) for u in adapter.updates) else ""
+    if not root:
+        return replace(reading, left_out={**reading.left_out, **left_out})
+    updates = tuple(replace(u, module=u.module.removeprefix(root)) for u in adapter.updates)
+    replaced = {name.removeprefix(root): r for name, r in adapter.replaced.items() if name.startswith(root)}
+    outside = [name for name in (*adapter.replaced, *(base.tensors if base else ())) if not name.startswith(root)]
+    left_out |= dict.fromkeys(outside, f"not in the adapted network ({root}…)")
+    if base is not None:
+        inside = [name for name in base.tensors if name.startswith(root)]
+        base = View(
+            {name.removeprefix(root): (base, name) for name in inside},
+            {name.removeprefix(root): base.tensors[name] for name in inside},
+            base.metadata,
+        )
+    note = f"The network is the checkpoint's '{root}…'; its names are given without that."
+    named: Adapter = replace(adapter, updates=updates, replaced=replaced, notes=(*adapter.notes, note))
+    return Reading(named, {**reading.left_out, **left_out}, base)
+
+
+def _hyper_parameters(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Everything that was saved beside the weights under the usual names, flat; outer names win over inner ones."""
+    saved = checkpoint.metadata.get("object", checkpoint.metadata.get("meta"))
+    found: dict[str, Any] = {}
+    todo = [_plain(saved[key]) for key in _HPARAMS if key in saved] if isinstance(saved, dict) else []
+    for level in todo:  # grows on the way
+        if isinstance(level, Mapping):
+            found = {**level, **found}
+            todo += [v for k, v in level.items() if isinstance(v, Mapping) and (_INNER.fullmatch(k) or "r" in v)]
+    return found
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Inert records as dictionaries of their attributes; enumerations as their value; the rest as it is."""
+    if depth > 20:
+        return None
+    if isinstance(value, dict):
+        return {k: _plain(v, depth + 1) for k, v in value.items() if isinstance(k, str)}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v, depth + 1) for v in value]
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if getattr(value, "items", None):  # a subclass of dict or list
+        return _plain(value.items, depth + 1)
+    attributes = getattr(value, "attributes", None)
+    if attributes:
+        for holder in ("_val", "_content"):  # OmegaConf's values and containers
+            if holder in attributes:
+                return _plain(attributes[holder], depth + 1)
+        return {k: _plain(v, depth + 1) for k, v in attributes.items() if isinstance(k, str)}
+    args = getattr(value, "args", None)
+    return args[0] if args and len(args) == 1 and isinstance(args[0], str | int | float) else None
+
+
+FORMAT = Format(
+    "lightning",
+    "Lightning, Fabric and plain training checkpoints, with any of the other formats inside",
+    _sniff,
+    _read,
+    unwraps=True,
+)
