@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from .containers.safetensors import lay_out
 from .dtypes import DTYPES, dtype_named
 from .errors import InputError, TargetError, UsageError
 from .formats import Given
-from .layout import Computed, File, Layout
+from .layout import Computed, File, Layout, bytes_of
 from .summary import Summary, summarise
 from .write import Progress, check_room, check_target, write
 
@@ -130,6 +131,8 @@ def _adapters(
         raise UsageError("There is no adapter to merge.")
     if len(strengths) != len(many):
         raise UsageError(f"{len(many)} adapters, but {len(strengths)} strengths: give one for each, or one for all.")
+    if not all(isfinite(s) for s in strengths):
+        raise UsageError(f"A strength must be a finite number, not {next(s for s in strengths if not isfinite(s))}.")
     inputs = []
     for one, s in zip(many, strengths, strict=True):
         if isinstance(one, Adapter):
@@ -187,16 +190,21 @@ def merged(
 class MergePlan:
     """A merge of which everything is known and nothing is done: see ``plan_merge``."""
 
-    binding: Binding
-    layout: Layout
     out: Path
+    binding: Binding = field(repr=False)
+    layout: Layout = field(repr=False)
     free: int
     threads: int
-    merged: Deferred
-    inputs: tuple[_Input, ...]
+    merged: Deferred = field(repr=False)
+    inputs: tuple[_Input, ...] = field(repr=False)
     base_name: str
     options: dict[str, Any]
     with_card: bool
+
+    @property
+    def files(self) -> list[str]:
+        """The names of everything that is written."""
+        return [*(file.path for file in self.layout.files), *([companions.MANIFEST] if self.with_card else [])]
 
     @property
     def notes(self) -> list[str]:
@@ -292,7 +300,7 @@ def plan_merge(
     strength: float | Sequence[float] = 1.0,
     dtype: str | None = None,
     device: str = "cpu",
-    max_shard_size: int | None = None,
+    max_shard_size: str | int | None = None,
     stats: bool = False,
     force: bool = False,
     allow_nonfinite: bool = False,
@@ -307,12 +315,19 @@ def plan_merge(
     """
     import os
 
+    if not str(out) or base == "":
+        raise UsageError(f"{'OUT' if not str(out) else 'BASE'} is empty: is a shell variable not set?")
+    limit = bytes_of(max_shard_size) if max_shard_size is not None else None
     inputs = _adapters(adapter, strength, format, given)
     names = [i.adapter.base_model for i in inputs if i.adapter.base_model]
     if base is None:
         own = [i.base for i in inputs if i.base is not None]
         if not own and not names:
             raise UsageError("The adapter does not name its base model; give it with --base.")
+        if not own and len(set(names)) > 1:
+            raise UsageError(
+                f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base."
+            )
         base = own[0] if own else names[0]
     place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
     checkpoint = _base(place or base)
@@ -323,7 +338,7 @@ def plan_merge(
     dtypes = {n: target for n, i in tensors.items() if DTYPES[i.dtype].floating} if target else {}
     folder, file = Path(out), None
     if folder.suffix == ".safetensors":
-        if place is None or place.is_dir() or max_shard_size is not None:
+        if place is None or place.is_dir() or limit is not None:
             raise UsageError(f"{out} names one file, which needs a base that is one file; give a directory.")
         folder, file = folder.parent, folder.name
     worker_count = threads or min(8, os.cpu_count() or 1)
@@ -334,8 +349,8 @@ def plan_merge(
         return Merged(binding, device, stats, allow_nonfinite)
 
     result = Deferred(binding.base, binding.bound, make)
-    whole = "model.safetensors" if place is None and max_shard_size is None else None  # from memory or a mixed file
-    files = lay_out(result, dtypes=dtypes, max_shard_size=max_shard_size, file=file or whole)
+    whole = "model.safetensors" if place is None and limit is None else None  # from memory or a mixed file
+    files = lay_out(result, dtypes=dtypes, max_shard_size=limit, file=file or whole)
     base_name = names[0] if names else str(base) if place else "(in memory)"
     with_card = file is None
     if with_card:
@@ -362,7 +377,7 @@ def plan_merge(
         "allow_nonfinite": allow_nonfinite,
     }
     free = check_room(layout, folder)
-    return MergePlan(binding, layout, folder, free, worker_count, result, tuple(inputs), base_name, options, with_card)
+    return MergePlan(folder, binding, layout, free, worker_count, result, tuple(inputs), base_name, options, with_card)
 
 
 def merge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,10 @@ _WEIGHTS = frozenset(
         ".part",
     ]
 )
+# what training leaves behind in a model's directory
+_STRAY = re.compile(
+    r".*\.log|events\.out\.tfevents.*|train(er|ing)_.*|.*_results\.json|optimizer.*|scheduler.*|rng_state.*"
+)
 _LARGEST = 64 << 20  # no tokenizer is that large; what is, is weights under another name
 MANIFEST = "dora_tools.json"
 
@@ -51,7 +56,7 @@ def copied(base: Path, config: Mapping[str, Any] | None, dtype: str | None = Non
             continue
         if path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.stat().st_size > _LARGEST:
             continue
-        if relative.as_posix() in {"README.md", "adapter_config.json", MANIFEST}:
+        if relative.as_posix() in {"README.md", "adapter_config.json", MANIFEST} or _STRAY.fullmatch(path.name):
             continue
         data = path.read_bytes()
         if relative.as_posix() == "config.json" and (config is not None or dtype is not None):
@@ -87,7 +92,7 @@ tags:
 
 # {name}
 
-{base_model} with these adapters merged into its weights by [dora-tools](https://pypi.org/project/dora-tools/):
+{base_model} with these adapters merged into its weights by dora-tools:
 
 {listed}
 

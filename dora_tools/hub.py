@@ -8,7 +8,7 @@ from typing import Literal
 
 from .errors import InputError, ResourceError
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_ID = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")  # without an organisation: gpt2 and others of old
 _SMALL = ["*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "*.tiktoken"]
 # weights of other tools that lie beside those that are wanted
 _FOREIGN = ["onnx/*", "openvino/*", "original/*", "*.onnx", "*.h5", "*.msgpack", "*.gguf", "checkpoint-*/*", "runs/*"]

@@ -7,11 +7,13 @@ while it is written. Containers lay weights out; companions are literal bytes; `
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from .checkpoint import Span
+from .errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,26 @@ class Computed:
     name: str
     dtype: str
     length: int
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def bytes_of(size: str | int) -> int:
+    """Bytes that a user means by ``5GB``, ``800MB``, ``2GiB``, or a number. Raises UsageError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(size).strip().upper())
+    if match is None or match[2] not in _UNITS or not 1 <= float(match[1]) * _UNITS[match[2]] < 2**62:
+        raise UsageError(f"'{size}' is not a size; write 5GB, 800MB or 2GiB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def human(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"
 
 
 Piece = bytes | Span | Computed

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter, LowRank, Update
-from .errors import ResourceError
+from .errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -105,7 +105,10 @@ class Summary:
         axes.set_xlabel("‖s·BA‖ (Frobenius)")
         axes.tick_params(axis="y", labelsize=5)
         axes.set_title(f"{self.method}, base {self.base_model or 'not recorded'}")
-        figure.savefig(path, dpi=120)
+        try:
+            figure.savefig(path, dpi=120)
+        except ValueError as error:
+            raise UsageError(f"{path} cannot be drawn: {error}") from error
         pyplot.close(figure)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -21,11 +22,13 @@ from .checkpoint import Checkpoint, Span, TensorInfo, blocks, single_threaded, t
 from .containers.source import Source
 from .dtypes import encode, to_torch, working
 from .errors import FitError, ResourceError, UsageError
-from .layout import Computed, File, Layout, length
+from .layout import Computed, File, Layout, human, length
 
 if TYPE_CHECKING:
     import torch
 
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.part")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _COPY_CHUNK = 16 << 20  # one unit of work, progress and early write-back
 Progress = Callable[[int], None]
 
@@ -63,13 +66,18 @@ class _Output:
         self.size = file.size
         self.fd = -1
         self._seek = threading.Lock()
-        self._published = False
+        self._ours = self._published = False
 
     def open(self) -> None:
         """Create it at its full size, so that a disk that cannot hold it says so now."""
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
         self.fd = os.open(self.temporary, flags, 0o666)
+        if not _locked(self.fd):
+            os.close(self.fd)
+            self.fd = -1
+            raise ResourceError(f"Another merge is writing {self.final} now; wait for it, or write elsewhere.")
+        self._ours = True
         if hasattr(os, "posix_fallocate") and self.size:
             try:
                 os.posix_fallocate(self.fd, 0, self.size)
@@ -106,8 +114,9 @@ class _Output:
     def discard(self) -> None:
         """Take back what can be: the temporary file, and the final one unless it replaced another."""
         self.close()
-        with contextlib.suppress(OSError):
-            self.temporary.unlink()
+        if self._ours:
+            with contextlib.suppress(OSError):
+                self.temporary.unlink()
         if self._published:
             with contextlib.suppress(OSError):
                 self.final.unlink()
@@ -140,6 +149,7 @@ def write(
     made = sorted((p for p in parents if not p.exists()), key=lambda p: len(p.parts), reverse=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         for output in outputs:
             output.open()
         _fill(checkpoint, layout.files, outputs, threads, progress or (lambda count: None))
@@ -161,8 +171,7 @@ def write(
                 path.rmdir()
         if isinstance(error, OSError):
             raise ResourceError(
-                f"Writing to {folder} failed: {error.strerror or error}. Nothing was left there; the output needs "
-                f"{layout.size / 1e9:.2f} GB."
+                f"Writing to {folder} failed: {error.strerror or error}. Nothing was left there."
             ) from error
         raise
 
@@ -191,6 +200,30 @@ def _fill(
     for items in ([_Prepare(), *copies] if computes else copies, computes):
         for _, count in blocks(items, worker, threads):
             progress(count)
+
+
+def _locked(fd: int) -> bool:
+    """Lock a file for this process; False where another has it. Where files cannot be locked, nobody has."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary files of merges that were killed: those of running ones are locked."""
+    for path in folder.rglob(".*.part") if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name):
+            with contextlib.suppress(OSError), open(path, "rb+") as file:
+                if _locked(file.fileno()):
+                    path.unlink()
 
 
 class _Worker:
@@ -288,8 +321,7 @@ def check_room(layout: Layout, folder: Path) -> int:
     free = shutil.disk_usage(place).free
     if layout.size > free:
         raise ResourceError(
-            f"{folder} needs {layout.size / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free. "
-            "Write to another disk."
+            f"{folder} needs {human(layout.size)}, but {place} has {human(free)} free. Write to another disk."
         )
     return free
 
@@ -305,8 +337,17 @@ def check_target(layout: Layout, folder: Path, inputs: Iterable[Path], force: bo
                 raise UsageError(f"{folder / file.path} is part of the input {source}; write somewhere else.")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; the output is a directory.")
-    if not force and folder.is_dir():
-        present = sorted(p.name for p in folder.iterdir())
+    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    present = [name for name in present if not _LEFTOVER.fullmatch(name)]
+    if force:
+        stale = [p.name for pattern in _WEIGHTS for p in sorted(folder.glob(pattern))]
+        stale = [name for name in stale if name not in {file.path for file in layout.files}]
+        if stale:
+            raise UsageError(
+                f"{folder} holds other weights ({', '.join(stale[:3])}{', …' if len(stale) > 3 else ''}), which might "
+                "be loaded instead of what would be written. Remove them or choose another directory."
+            )
+    else:
         if present:
             raise UsageError(
                 f"{folder} is not empty ({', '.join(present[:3])}{', …' if len(present) > 3 else ''}). Choose another "

@@ -254,7 +254,7 @@ def test_disk_too_small_is_said_before_writing(
     case = Case(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     assert case.run() == 6
-    assert "GB free" in capsys.readouterr().err
+    assert "has 1 B free" in capsys.readouterr().err
     assert not case.out.exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,23 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..layout import human
 from .options import reading
 
 if TYPE_CHECKING:
     from ..api import MergePlan
     from ..merging import Merged
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-class _Size(click.ParamType[int]):
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
-        if match is None or match[2] not in _UNITS or not float(match[1]):
-            self.fail(f"'{value}' is not a size; write 5GB, 800MB or 2GiB.", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
 
 
 @click.command("merge")
@@ -41,7 +29,7 @@ class _Size(click.ParamType[int]):
     "--dtype", metavar="TYPE", help="Write floating weights as float32, bfloat16 or float16. Default: as BASE."
 )
 @click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1 or auto.")
-@click.option("--max-shard-size", type=_Size(), metavar="SIZE", help="Deal the weights out again, e.g. 5GB.")
+@click.option("--max-shard-size", metavar="SIZE", help="Deal the weights out again, e.g. 5GB.")
 @click.option("--threads", type=click.IntRange(1, 64), help="Worker threads. Default: one for each core, at most 8.")
 @click.option("--stats", is_flag=True, help="Measure each tensor's relative change ‖W'−W‖/‖W‖ and print the table.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
@@ -112,19 +100,11 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
             said = done * 10 // total
             rate = done / elapsed
             click.echo(
-                f"merging: {said * 10} % of {_human(total)}, {_human(rate)}/s, {(total - done) / rate:.0f} s left",
+                f"merging: {said * 10} % of {human(total)}, {human(rate)}/s, {(total - done) / rate:.0f} s left",
                 err=True,
             )
 
     yield advance
-
-
-def _human(size: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.4g} TB"
 
 
 def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float) -> dict[str, Any]:
@@ -134,7 +114,7 @@ def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: floa
         "dry_run": dry_run,
         "tensors": {kind: {"count": count, "bytes": size} for kind, (count, size) in plan.counts().items()},
         "bytes": plan.layout.size,
-        "files": [file.path for file in plan.layout.files],
+        "files": plan.files,
         "estimated_memory_bytes": plan.memory,
         "free_bytes": plan.free,
         "notes": plan.notes,
@@ -157,7 +137,7 @@ def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float
     table.add_column("count", justify="right")
     table.add_column("bytes", justify="right")
     for kind, (count, size) in plan.counts().items():
-        table.add_row(kind, str(count), _human(size))
+        table.add_row(kind, str(count), human(size))
     console.print(table)
     if result is not None and stats:
         changes = {name: result.change(name) for name in result.merged}
@@ -172,8 +152,8 @@ def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float
         console.print(f"note: {zeros} rows have no direction (norm 0) and were left as W + s·BA.")
     if dry_run:
         console.print(
-            f"Would write {_human(plan.layout.size)} in {len(plan.layout.files)} files to {plan.out} "
-            f"({_human(plan.free)} free), with about {_human(plan.memory)} of memory above torch itself."
+            f"Would write {human(plan.layout.size)} in {len(plan.files)} files to {plan.out} "
+            f"({human(plan.free)} free), with about {human(plan.memory)} of memory above torch itself."
         )
     else:
-        console.print(f"Wrote {_human(plan.layout.size)} to {plan.out} in {seconds:.1f} s.")
+        console.print(f"Wrote {human(plan.layout.size)} to {plan.out} in {seconds:.1f} s.")
