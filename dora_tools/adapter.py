@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Axis = Literal["out", "in"]
 EpsRule = Literal["add", "clamp"]
-Kind = Literal["linear", "embedding", "conv"]
+Kind = Literal["linear", "embedding", "conv", "whole"]
 
 
 class Kernel(Protocol):
@@ -164,6 +164,34 @@ class Dense:
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> DenseKernel:
         return DenseKernel((loaded(self.tensor, device, dtype, check) * strength).contiguous())
+
+
+@dataclass(frozen=True, slots=True)
+class Toward:
+    """A part of the way from W to another tensor R of the same shape: adds w (R − W)."""
+
+    tensor: Ref
+    shape: tuple[int, int]
+
+    @property
+    def parameters(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def turned(self) -> Toward:
+        return Toward(self.tensor.T, self.shape[::-1])
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
+        values = loaded(self.tensor, device, dtype, check).reshape(self.shape)
+        return TowardKernel(values.contiguous(), strength)
+
+
+@dataclass(frozen=True, slots=True)
+class TowardKernel:
+    values: torch.Tensor
+    strength: float
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        w.lerp_(self.values[start : start + w.shape[0]], self.strength)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -15,7 +16,7 @@ from .binding import Binding, bind
 from .checkpoint import Checkpoint, Deferred, plain
 from .containers.safetensors import lay_out
 from .dtypes import DTYPES, dtype_named
-from .errors import InputError, TargetError, UsageError
+from .errors import InputError, ResourceError, TargetError, UsageError
 from .formats import Given
 from .layout import Computed, File, Layout, bytes_of
 from .summary import Summary, summarise
@@ -200,6 +201,7 @@ class MergePlan:
     base_name: str
     options: dict[str, Any]
     with_card: bool
+    said: list[str]
 
     @property
     def files(self) -> list[str]:
@@ -210,7 +212,7 @@ class MergePlan:
     def notes(self) -> list[str]:
         """Sentences for the user: from reading, from binding."""
         left = [f"{i.name}: left out {name}: {why}" for i in self.inputs for name, why in i.left_out.items()]
-        return [*(n for i in self.inputs for n in i.adapter.notes), *left, *self.binding.notes]
+        return [*(n for i in self.inputs for n in i.adapter.notes), *left, *self.binding.notes, *self.said]
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """What happens to the base's tensors: kind → (tensors, bytes written)."""
@@ -279,7 +281,11 @@ class MergePlan:
         return companions.manifest(
             {
                 "dora_tools": __version__,
-                "base": {"name": self.base_name, "files": base_files},
+                "base": {
+                    "name": self.base_name,
+                    "named_by_adapters": sorted({i.adapter.base_model for i in self.inputs if i.adapter.base_model}),
+                    "files": base_files,
+                },
                 "adapters": [
                     {"name": i.name, "format": i.adapter.format, "strength": i.strength, "sha256": i.digests()}
                     for i in self.inputs
@@ -329,7 +335,14 @@ def plan_merge(
                 f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base."
             )
         base = own[0] if own else names[0]
-    place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
+    try:
+        place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
+    except (InputError, ResourceError) as error:
+        if base in names:
+            raise type(error)(
+                f"{error} That is the base which the adapter names; say where it is with --base."
+            ) from error
+        raise
     checkpoint = _base(place or base)
     binding = bind([(i.adapter, i.strength) for i in inputs], checkpoint)
 
@@ -351,24 +364,38 @@ def plan_merge(
     result = Deferred(binding.base, binding.bound, make)
     whole = "model.safetensors" if place is None and limit is None else None  # from memory or a mixed file
     files = lay_out(result, dtypes=dtypes, max_shard_size=limit, file=file or whole)
-    base_name = names[0] if names else str(base) if place else "(in memory)"
-    with_card = file is None
+    base_name, hub_id = _named_base(base, place, names)
+    with_card, notes, index = file is None, list[str](), list[File]()
     if with_card:
         index = [f for f in files if f.path.endswith(".index.json")]
         files = [f for f in files if f not in index]
+        written_dtype = DTYPES[target].torch if target else None
+        config = binding.config if binding.config is not None else checkpoint.metadata.get("config")
+        own_tokenizers = [i.place for i in inputs if i.place is not None and companions.tokenizer_in(i.place)]
+        tokenizer = own_tokenizers[0] if len(own_tokenizers) == len(inputs) == 1 else None
         if place is not None and place.is_dir():
-            files += companions.copied(place, binding.config, DTYPES[target].torch if target else None)
+            files += companions.copied(place, config, written_dtype, tokenizer)
+            if tokenizer is not None:
+                notes.append("The tokenizer is the one that was saved with the adapter.")
+            elif own_tokenizers:
+                notes.append("Of several adapters with tokenizers none is taken: the tokenizer is the base's.")
+        elif binding.config is not None:
+            files.append(File("config.json", (json.dumps(config, indent=2).encode(),)))
+    elif binding.config is not None:
+        notes.append(f"One file cannot hold a config: {place}'s own config.json is not right for {out} as it is.")
+    if with_card:
         counted = (
             f"{len(binding.bound)} tensors merged, {len(binding.replaced) + len(binding.added)} replaced or added."
         )
         labels = [f"{i.name}, strength {i.strength:g}" if i.strength != 1 else i.name for i in inputs]
-        files += [companions.card(folder.resolve().name, base_name, labels, counted), *index]
+        files += [companions.card(folder.resolve().name, base_name, hub_id, labels, counted), *index]
     layout = Layout(files)
     read_from = [p for p in (place, *(i.place for i in inputs)) if p is not None]
     if file is None:
         check_target(layout, folder, read_from, force)
     elif (folder / file).exists() and (not force or any((folder / file).samefile(p) for p in read_from)):
-        raise UsageError(f"{out} exists; choose another name, or let --force replace it (never an input).")
+        why = "exists; --force replaces it" if not force else "is an input"
+        raise UsageError(f"{out} {why}. Choose another name.")
     options = {
         "dtype": dtype,
         "device": device,
@@ -377,7 +404,24 @@ def plan_merge(
         "allow_nonfinite": allow_nonfinite,
     }
     free = check_room(layout, folder)
-    return MergePlan(folder, binding, layout, free, worker_count, result, tuple(inputs), base_name, options, with_card)
+    return MergePlan(
+        folder, binding, layout, free, worker_count, result, tuple(inputs), base_name, options, with_card, notes
+    )
+
+
+def _named_base(base: BaseLike, place: Path | None, claimed: Sequence[str]) -> tuple[str, str | None]:
+    """What the base is called, with the commit if it is a hub snapshot; and its hub id as far as it is known.
+
+    A local directory has the id that all adapters agree on, if that is one.
+    """
+    if place is None or isinstance(base, Checkpoint):
+        return "(in the adapter's file or in memory)", None
+    if Path(base).exists():
+        agreed = claimed[0] if len(set(claimed)) == 1 and hub.is_id(claimed[0]) else None
+        return str(base), agreed
+    name = str(base).partition("@")[0]
+    commit = place.name if place.parent.name == "snapshots" else ""
+    return f"{base} ({commit})" if commit else str(base), name
 
 
 def merge(

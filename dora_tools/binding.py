@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
-from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Unchanged, Update
+from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Toward, Unchanged, Update
 from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
@@ -168,14 +168,33 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
         if name in plan.replaced:
             raise FitError(f"Two of the adapters replace {name} with tensors of their own; only one can be merged.")
         if strength != 1.0:
-            raise FitError(
-                f"The adapter replaces {name} as a whole, which a strength of {strength:g} cannot do by half."
-            )
+            _interpolate(name, replacement, strength, plan)
+            continue
         plan.replaced[name] = replacement
         if name not in known and name not in heads:
             plan.notes.append(f"{name} is not in the base; it is added, as the adapter saved it whole.")
     if unplaced:
         raise FitError(_unplaced_sentence(unplaced, len(weights) + len(adapter.replaced), plan))
+
+
+def _interpolate(name: str, replacement: Replacement, strength: float, plan: _Plan) -> None:
+    """A replacement by ``strength``, W + w (R − W): of W's shape, without DoRA on top, and not of a tied weight."""
+    info, shape = plan.base.tensors.get(name), replacement.tensor.shape
+    dora = any(update.magnitude is not None for update, _ in plan.updates.get(name, ()))
+    ties = {} if plan.tied_off else plan.ties or {}
+    if info is None or info.shape != shape or dora or (replacement.shared and name in {*ties, *ties.values()}):
+        why = (
+            "it is not in the base"
+            if info is None
+            else "of another shape"
+            if info.shape != shape
+            else "tied, or DoRA'd"
+        )
+        raise FitError(
+            f"The adapter replaces {name} as a whole, and a strength of {strength:g} cannot do that in part ({why})."
+        )
+    toward = Toward(replacement.tensor, (info.rows, info.width))
+    plan.updates.setdefault(name, []).append((Update(name, toward, kind="whole"), strength))
 
 
 def _unplaced_sentence(unplaced: list[str], total: int, plan: _Plan) -> str:
@@ -316,10 +335,13 @@ def _fit_vocabulary(plan: _Plan) -> None:
     """A replacement of the base's shape, or of another number of rows where that is the vocabulary."""
     old = _setting(plan.config, "vocab_size")
     vocabulary = {name for pair in (plan.ties or {}).items() for name in pair}
+    heads = {name for name in plan.replaced if name.endswith(LABEL_HEADS)}
     for name, replacement in plan.replaced.items():
         info = plan.base.tensors.get(name)
         found = replacement.tensor.shape
         if info is None or info.shape == found:
+            continue
+        if name.removesuffix("bias").removesuffix("weight") + "weight" in heads and info.shape[1:] == found[1:]:
             continue
         if info.shape[1:] != found[1:] or (info.shape[0] != old and name not in vocabulary):
             raise FitError(
@@ -340,10 +362,10 @@ def _fit_vocabulary(plan: _Plan) -> None:
 
 
 def _fit_labels(plan: _Plan) -> None:
-    """A classifier that the base does not have brings its number of labels, which the config must know to load it."""
+    """A classifier brings its number of labels, which the config must know to load it."""
     for name, replacement in plan.replaced.items():
         shape = replacement.tensor.shape
-        if name in plan.base.tensors or len(shape) != 2 or not name.endswith(LABEL_HEADS):
+        if len(shape) != 2 or not name.endswith(LABEL_HEADS):
             continue
         labels = plan.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
         if len(labels) != shape[0] and plan.config:
@@ -376,6 +398,9 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
         for update, strength in updates:
             out, in_ = update.delta.shape
             stored = (info.shape[0], prod(info.shape[1:]))
+            if update.kind == "whole":
+                bounds.append(Bound(update.module, update.delta, None, strength))
+                continue
             turn = update.kind == "embedding" or (update.kind == "linear" and turned(update, stored))
             expected = (in_, out) if turn else (out, in_)
             conv_fits = not update.kernel_size or info.shape[1:] == update.kernel_size

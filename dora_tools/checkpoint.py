@@ -16,7 +16,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from .dtypes import DTYPES, of_torch
 from .errors import InputError
@@ -69,6 +69,7 @@ class Span:
     length: int
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """Named tensors, read by row ranges; thread-safe."""
 

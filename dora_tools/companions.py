@@ -40,16 +40,24 @@ _WEIGHTS = frozenset(
 _STRAY = re.compile(
     r".*\.log|events\.out\.tfevents.*|train(er|ing)_.*|.*_results\.json|optimizer.*|scheduler.*|rng_state.*"
 )
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
 _LARGEST = 64 << 20  # no tokenizer is that large; what is, is weights under another name
 MANIFEST = "dora_tools.json"
 
 
-def copied(base: Path, config: Mapping[str, Any] | None, dtype: str | None = None) -> list[File]:
+def copied(
+    base: Path, config: Mapping[str, Any] | None, dtype: str | None = None, tokenizer: Path | None = None
+) -> list[File]:
     """The small files of a base directory, config.json with ``config`` and the new ``dtype`` in it.
 
-    Weights (also foreign ones: onnx, h5, …), indexes, hidden files, adapters, and an older card stay behind.
+    Weights (also foreign ones: onnx, h5, …), indexes, hidden files, what training leaves behind, adapters and an older
+    card stay. A directory given as ``tokenizer`` brings its own tokenizer files instead of the base's.
     """
-    files = []
+    files = {}
     for path in sorted(base.rglob("*")):
         relative = path.relative_to(base)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts):
@@ -58,14 +66,22 @@ def copied(base: Path, config: Mapping[str, Any] | None, dtype: str | None = Non
             continue
         if relative.as_posix() in {"README.md", "adapter_config.json", MANIFEST} or _STRAY.fullmatch(path.name):
             continue
-        data = path.read_bytes()
-        if relative.as_posix() == "config.json" and (config is not None or dtype is not None):
-            edited = dict(config) if config is not None else json.loads(data)
-            if dtype is not None:
-                _set_dtype(edited, dtype)
-            data = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
-        files.append(File(relative.as_posix(), (data,)))
-    return files
+        if tokenizer is not None and relative.as_posix() in _TOKENIZER:
+            continue
+        files[relative.as_posix()] = path.read_bytes()
+    if tokenizer is not None:
+        files |= {name: (tokenizer / name).read_bytes() for name in _TOKENIZER if (tokenizer / name).is_file()}
+    if config and (dtype is not None or json.loads(files.get("config.json", b"{}")) != config):
+        edited = dict(config)
+        if dtype is not None:
+            _set_dtype(edited, dtype)
+        files["config.json"] = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+    return [File(name, (data,)) for name, data in sorted(files.items())]
+
+
+def tokenizer_in(folder: Path | None) -> bool:
+    """Whether a directory holds a tokenizer as it was saved, with its settings."""
+    return folder is not None and (folder / "tokenizer_config.json").is_file()
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:
@@ -77,14 +93,12 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
         config["dtype"] = dtype
 
 
-def card(name: str, base_model: str, adapters: list[str], summary: str) -> File:
-    """README.md with the front matter that the Hugging Face hub reads for merged models."""
+def card(name: str, base_model: str, hub_id: str | None, adapters: list[str], summary: str) -> File:
+    """README.md with the front matter that the Hugging Face hub reads, if the base has a ``hub_id`` to name there."""
     listed = "\n".join(f"- {adapter}" for adapter in adapters)
+    relation = f"base_model:\n- {json.dumps(hub_id)}\nbase_model_relation: merge\n" if hub_id else ""
     text = f"""---
-base_model:
-- {json.dumps(base_model)}
-base_model_relation: merge
-library_name: transformers
+{relation}library_name: transformers
 tags:
 - dora-tools
 - merge

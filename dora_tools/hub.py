@@ -14,6 +14,11 @@ _SMALL = ["*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "*.tiktoken"]
 _FOREIGN = ["onnx/*", "openvino/*", "original/*", "*.onnx", "*.h5", "*.msgpack", "*.gguf", "checkpoint-*/*", "runs/*"]
 
 
+def is_id(text: str) -> bool:
+    """Whether a text has the form of a hub id with its organisation."""
+    return "/" in text and bool(_ID.fullmatch(text)) and not text.startswith(".")
+
+
 def resolve(spec: str | Path, role: Literal["adapter", "base"]) -> Path:
     """The local path that ``spec`` means: itself where it exists, else what is needed of a hub id.
 

@@ -39,3 +39,5 @@ def command(
     console = Console(soft_wrap=True, highlight=False)
     for part in summary.table():
         console.print(part)
+    if base is not None:
+        console.print(f"All {len(summary.modules)} modules have their place in {base}.")

@@ -47,6 +47,8 @@ def _choose(folder: Path, patterns: Iterable[str]) -> Path:
                 f"{folder} holds several checkpoints ({', '.join(p.name for p in found[:4])}) and no "
                 "model.safetensors.index.json that says which belong together; name one file."
             )
+    if any((folder / name).exists() for name in ADAPTER_FILES) and patterns is BASE_FILES:
+        raise InputError(f"{folder} is an adapter; a base is a model's own weights.")
     here = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
     raise InputError(f"{folder} holds no weights that can be read (looked for {', '.join(patterns)}; there is {here}).")
 

@@ -115,6 +115,8 @@ def _open(path: Path) -> tuple[Source, Header, dict[str, TensorInfo]]:
     from safetensors import SafetensorError, safe_open
 
     source = Source(path)
+    if source.pread(0, min(source.size, 40)).startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' where it is from.")
     try:
         with safe_open(path, framework="np"):
             pass
