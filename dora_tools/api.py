@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -334,6 +334,8 @@ def plan_merge(
             raise UsageError(
                 f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base."
             )
+        if own:  # what the file holds whole is that base already
+            inputs = [replace(i, adapter=replace(i.adapter, replaced={})) if i.base is own[0] else i for i in inputs]
         base = own[0] if own else names[0]
     try:
         place = hub.resolve(base, "base") if isinstance(base, str | Path) else None

@@ -31,6 +31,10 @@ def open_checkpoint(path: Path, patterns: Iterable[str] = (*ADAPTER_FILES, *BASE
     not readable, or ambiguous.
     """
     if path.is_dir():
+        from . import dcp
+
+        if dcp.is_dcp(path):
+            return _joined([dcp.open_dcp(path)], _documents(path))
         return _open_file(_choose(path, patterns), path)
     if not path.exists():
         raise InputError(f"{path} does not exist.")
@@ -54,7 +58,7 @@ def _choose(folder: Path, patterns: Iterable[str]) -> Path:
 
 
 def _open_file(path: Path, folder: Path) -> Checkpoint:
-    documents = {key: _document(folder / name) for key, name in _DOCUMENTS.items() if (folder / name).is_file()}
+    documents = _documents(folder)
     if path.name.endswith(".bin.index.json"):
         from .torch_pickle import open_torch
 
@@ -88,6 +92,10 @@ def _joined(parts: Iterable[Checkpoint], documents: Mapping[str, Any]) -> Checkp
     metadata: dict[str, Any] = {key: value for part in parts for key, value in part.metadata.items()}
     tensors = {name: info for part in parts for name, info in part.tensors.items()}
     return View(sources, tensors, metadata | dict(documents))
+
+
+def _documents(folder: Path) -> dict[str, Any]:
+    return {key: _document(folder / name) for key, name in _DOCUMENTS.items() if (folder / name).is_file()}
 
 
 def _document(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ _WRAPPERS = {
 }
 _STATES = ("state_dict", "model", "module")  # where the network's tensors lie in the saved object
 _ATTRIBUTES = re.compile(r"(model|net|network|backbone|llm|lm|module|transformer_model)\.")
+_PEFT = re.compile(r"^((?:[\w.]+\.)?)base_model\.model\.")  # the PeftModel between the attribute and the network
 _COPIES = re.compile(r"(^|\.)(ema|ema_model|model_ema|ema_net|average_model|averaged_model|swa_model)\.")
 _HPARAMS = ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args")
 _INNER = re.compile(r"(lora|peft|adapter)_?(config|args|params)?|model|config|args|hparams")
@@ -58,6 +59,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         if not name.startswith(prefix):
             continue  # optimizers, callbacks: no weights of the network, and far too many to list
         inner = _unwrapped(name.removeprefix(prefix))
+        inner = _PEFT.sub(r"\1", inner)
         if "_flat_param" in inner:
             raise UnsupportedError(
                 f"{name} is a flattened FSDP parameter; save the full state dict, or the sharded one."

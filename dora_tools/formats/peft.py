@@ -11,12 +11,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, prod, sqrt
 from typing import Any
 
 from ..adapter import Adapter, LowRank, Magnitude, Replacement, Update
-from ..checkpoint import Checkpoint, Ref, Tensors, ref
+from ..checkpoint import Checkpoint, Ref, Tensors, View, ref
 from ..errors import InputError, TargetError, UnsupportedError
 from . import Format, Given, Reading, Written
 
@@ -27,6 +27,7 @@ _LEAVES = {
     "lora_embedding_B": "B",
     "lora_magnitude_vector": "m",
 }
+_STATE_KEY = re.compile(r"^base_model\.model\..*\.lora_(embedding_)?A\b|\.lora_(embedding_)?A\.default\b")
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 _PREFIX = "base_model.model."
 # init_lora_weights that leave the base as it is; every other one trains on a changed base
@@ -42,20 +43,39 @@ class _Module:
 
 
 def _sniff(checkpoint: Checkpoint) -> bool:
-    return "adapter_config" in checkpoint.metadata
+    config = checkpoint.metadata.get("adapter_config")
+    if config is None:  # a state dict of the whole model, or of its trained part
+        return any(_STATE_KEY.search(name) for name in checkpoint.tensors)
+    return not (isinstance(config, dict) and config.get("peft_type") == "DORA")
+
+
+def _assumed(checkpoint: Checkpoint, given: Given) -> dict[str, Any]:
+    """The config of a bare state dict, as far as its names and the user tell it. Raises InputError without a scale."""
+    if given.scaling is None and (given.alpha is None or given.scale_rule not in ("alpha/rank", "rslora")):
+        raise InputError(
+            "These are PEFT's keys without its adapter_config.json, so the scale is not recorded. Say --alpha with "
+            "--scale-rule alpha/rank (PEFT's default) or --scale-rule rslora, or --scaling with the number itself."
+        )
+    return {
+        "peft_type": "LORA",
+        "lora_alpha": given.alpha or 1,
+        "use_rslora": given.scale_rule == "rslora",
+        "use_dora": any("lora_magnitude_vector" in name for name in checkpoint.tensors),
+    }
 
 
 def _read(checkpoint: Checkpoint, given: Given) -> Reading:
-    config = _checked(checkpoint.metadata.get("adapter_config"))
+    bare = "adapter_config" not in checkpoint.metadata
+    config = _checked(_assumed(checkpoint, given) if bare else checkpoint.metadata["adapter_config"])
     modules, replaced, left_out = _sort_keys(checkpoint, config)
     rank, notes = _Patterns(config, "rank_pattern", "r", 8), []
     alpha = _Patterns(config, "alpha_pattern", "lora_alpha", 8)
-    updates = [_update(checkpoint, config, path, module, alpha) for path, module in modules.items()]
+    updates = [_update(checkpoint, config, path, module, alpha, given) for path, module in modules.items()]
     _check_magnitudes(config, updates)
     for update in updates:
         delta = update.delta
         assert isinstance(delta, LowRank)
-        if rank[update.module] != delta.rank:
+        if not bare and rank[update.module] != delta.rank:
             notes.append(
                 f"{update.module}: the config says r = {rank[update.module]:g}, the tensors have {delta.rank}."
             )
@@ -75,7 +95,23 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         {"peft": config, "modules": tuple(modules)},
         tuple(notes),
     )
-    return Reading(adapter, left_out)
+    base = _own_base(checkpoint, updates, replaced)
+    if base is not None:
+        own = {f"{update.module}.{part}" for update in updates for part in ("weight", "bias")}
+        adapter = replace(adapter, replaced={name: r for name, r in replaced.items() if name not in own})
+    return Reading(adapter, left_out, base)
+
+
+def _own_base(checkpoint: Checkpoint, updates: list[Update], replaced: Mapping[str, Replacement]) -> Checkpoint | None:
+    """The whole model, where the file is a state dict that holds the base weight of every adapted module."""
+    if not updates or not all(f"{update.module}.weight" in replaced for update in updates):
+        return None
+    keys = {name: r.tensor.key for name, r in replaced.items()}
+    return View(
+        {name: (checkpoint, key) for name, key in keys.items()},
+        {name: checkpoint.tensors[key] for name, key in keys.items()},
+        {"config": checkpoint.metadata.get("config", {})},
+    )
 
 
 def _checked(config: Any) -> dict[str, Any]:
@@ -231,7 +267,9 @@ def _sort_saved(
     replaced[name] = Replacement(ref(checkpoint, key), shared=not own)
 
 
-def _update(checkpoint: Checkpoint, config: Mapping[str, Any], path: str, module: _Module, alpha: _Patterns) -> Update:
+def _update(
+    checkpoint: Checkpoint, config: Mapping[str, Any], path: str, module: _Module, alpha: _Patterns, given: Given
+) -> Update:
     parts = module.parts
     for role, name in (("A", "lora_A"), ("B", "lora_B")):
         if role not in parts:
@@ -248,6 +286,9 @@ def _update(checkpoint: Checkpoint, config: Mapping[str, Any], path: str, module
         a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
     rank = a.shape[0]
     scaling = alpha[path] / (sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
+    source = _provenance(config, rank, alpha[path])
+    if given.scaling is not None:
+        scaling, source = given.scaling, "--scaling"
     if not scaling and 0 not in a.shape:
         raise InputError(
             f"{path}: adapter_config.json says lora_alpha = {alpha[path]:g}, which would erase the adapter (some "
@@ -256,7 +297,7 @@ def _update(checkpoint: Checkpoint, config: Mapping[str, Any], path: str, module
     magnitude = ref(checkpoint, parts["m"]).reshape(-1) if "m" in parts else None
     return Update(
         path,
-        LowRank(a, b, scaling or 1.0, _provenance(config, rank, alpha[path])),
+        LowRank(a, b, scaling or 1.0, source),
         Magnitude(magnitude, "out") if magnitude is not None else None,
         ref(checkpoint, parts["bias"]).times(scaling) if "bias" in parts else None,
         "embedding" if module.embedding else "conv" if kernel_size else "linear",

@@ -23,6 +23,7 @@ from ..errors import InputError, TargetError, UnsupportedError
 from . import SCALE_RULES, Format, Given, Reading, Written
 
 _ROLES = {"lora_A", "lora_B", "magnitude", "base", "bias", "alpha", "ignore", "replace"}
+_SOURCES = {"hparam": "hyper_parameters.{}", "config": "adapter_config.{}"}
 _LABELS = {"in", "out", "rank", "1"}
 _KEYS = {
     "": {
@@ -39,7 +40,7 @@ _KEYS = {
         "unmatched",
         "example",
     },
-    "detect": {"require", "forbid"},
+    "detect": {"require", "forbid", "config"},
     "key": {"match", "role", "dims", "write", "reason"},
     "refuse": {"role", "dims", "reason"},
     "rename": {"match", "to"},
@@ -69,6 +70,7 @@ class Table:
     rules: tuple[Rule, ...]
     require: tuple[re.Pattern[str], ...]
     forbid: tuple[re.Pattern[str], ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
     refuse: tuple[tuple[str, tuple[str, ...], str], ...] = ()
     rename: tuple[tuple[re.Pattern[str], str], ...] = ()
     scale_rules: tuple[str, ...] = SCALE_RULES
@@ -120,6 +122,7 @@ def parse(data: Mapping[str, Any], where: str) -> Table:
         rules,
         tuple(_pattern(text, where) for text in detect.get("require", [])),
         tuple(_pattern(text, where) for text in detect.get("forbid", [])),
+        detect.get("config", {}),
         tuple((r["role"], tuple(r["dims"]), r["reason"]) for r in data.get("refuse", [])),
         tuple((_pattern(r["match"], where), str(r["to"])) for r in data.get("rename", [])),
         scale_rules,
@@ -177,7 +180,10 @@ def _template(text: str) -> str | None:
 
 def _sniff(table: Table, checkpoint: Checkpoint) -> bool:
     names = checkpoint.tensors
-    if "adapter_config" in checkpoint.metadata or not table.require:
+    config = checkpoint.metadata.get("adapter_config")
+    if table.config:
+        return isinstance(config, Mapping) and all(config.get(k) == v for k, v in table.config.items())
+    if config is not None or not table.require:
         return False
     return all(any(p.search(n) for n in names) for p in table.require) and not any(
         p.search(n) for p in table.forbid for n in names
@@ -203,20 +209,18 @@ def _read(table: Table, checkpoint: Checkpoint, given: Given) -> Reading:
         _measure(table, path, module, checkpoint)
     axis_known = _decide_square(table, adapted, checkpoint, given)
     updates = [_update(table, path, module, checkpoint, given) for path, module in adapted.items()]
-    mixed = any("base" in module.keys for module in modules.values())
+    base = _base(table, modules, rest, checkpoint) if any("base" in m.keys for m in adapted.values()) else None
     replaced: dict[str, Replacement] = {}
-    base: Checkpoint | None = None
-    if mixed:
-        base = _base(table, modules, rest, checkpoint)
-    elif table.unmatched == "replace":
+    rest += [key for path, m in modules.items() if path not in adapted for key, _ in m.keys.values()]
+    if table.unmatched == "replace":
         replaced = {_renamed(table, name): Replacement(ref(checkpoint, name), shared=True) for name in rest}
     elif table.unmatched == "ignore":
         left_out |= dict.fromkeys(rest, "not of this format")
     elif rest:
         raise InputError(f"{len(rest)} keys are not of format '{table.name}' (first: {rest[0]}).")
     notes = tuple(axis_known)
-    hparams = checkpoint.metadata.get("hyper_parameters", {})
-    model = hparams.get("base_model") if isinstance(hparams, Mapping) else None
+    config = checkpoint.metadata.get("adapter_config")
+    model = config.get("base_model_name_or_path") if isinstance(config, Mapping) else None
     adapter = Adapter(
         tuple(updates), replaced, model if isinstance(model, str) else None, format=table.name, notes=notes
     )
@@ -297,7 +301,7 @@ def _decide_square(table: Table, modules: Mapping[str, _Module], checkpoint: Che
                     return []  # this one can only be what the table reads, and a file is of one kind
         if not doubtful or given.magnitude_axis is not None:
             return []
-        if _looks_like_norms(modules[doubtful[0]], role, checkpoint):
+        if _look_like_norms([modules[path] for path in doubtful], role, checkpoint):
             return [f"All layers are square; the {role}s match the norms of the base's columns, so they are those."]
         raise InputError(
             f"All layers are square, so {modules[doubtful[0]].keys[role][0]} may be what '{table.name}' stores, or: "
@@ -306,13 +310,20 @@ def _decide_square(table: Table, modules: Mapping[str, _Module], checkpoint: Che
     return []
 
 
-def _looks_like_norms(module: _Module, role: str, checkpoint: Checkpoint) -> bool:
-    """Whether a magnitude is nearer to the column norms of the weight beside it than to ones, clearly."""
-    if "base" not in module.keys:
-        return False
-    m = ref(checkpoint, module.keys[role][0]).load().flatten().double()
-    norms = ref(checkpoint, module.keys["base"][0]).load().double().norm(dim=0)
-    return bool((m - norms).abs().mean() < 0.25 * (m - 1).abs().mean())
+def _look_like_norms(modules: Iterable[_Module], role: str, checkpoint: Checkpoint) -> bool:
+    """Whether the magnitudes are nearer to the column norms of the weights beside them than to ones, clearly.
+
+    DoRA's begin as those norms, the other layer's as ones, and training moves either only a little.
+    """
+    from_norms = from_ones = 0.0
+    for module in modules:
+        if "base" not in module.keys:
+            return False
+        m = ref(checkpoint, module.keys[role][0]).load().flatten().double()
+        norms = ref(checkpoint, module.keys["base"][0]).load().double().norm(dim=0)
+        from_norms += float((m - norms).abs().mean())
+        from_ones += float((m - 1).abs().mean())
+    return from_norms < 0.5 * from_ones
 
 
 def _oriented(checkpoint: Checkpoint, key: str, dims: Sequence[str], wanted: tuple[str, str]) -> Ref:
@@ -382,11 +393,14 @@ def _alpha(table: Table, checkpoint: Checkpoint, given: Given, module: _Module) 
     hparams = checkpoint.metadata.get("hyper_parameters", {})
     for source in table.alpha:
         kind, _, name = source.partition(":")
-        value = hparams.get(name) if kind == "hparam" and isinstance(hparams, Mapping) else None
+        place = hparams if kind == "hparam" else checkpoint.metadata.get("adapter_config") if kind == "config" else {}
+        value = place.get(name) if isinstance(place, Mapping) else None
         if kind == "literal":
             value = float(name)
         if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
-            return float(value), f"hyper_parameters.{name}" if kind == "hparam" else f"the table's {name}"
+            return float(value), {"hparam": f"hyper_parameters.{name}", "config": f"adapter_config.{name}"}.get(
+                kind, f"the table's {name}"
+            )
     return None, ""
 
 

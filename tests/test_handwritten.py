@@ -1,0 +1,134 @@
+"""Checkpoints of hand-written layers and of Lightning: the dense merge is what the trained network computed.
+
+The checkpoints are real (fixtures/make_handwritten.py, make_lightning.py); the oracle is the trained model's own
+forward pass, recorded there, and the plain network of ``networks.py`` that loads our output.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dora_tools as dt
+from dora_tools.cli import main
+from dora_tools.errors import DoraToolsError
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+RULES = {"alpha": "alpha", "alpha_over_r": "alpha/rank", "one": "one"}
+
+
+def entries() -> dict[str, dict[str, Any]]:
+    tables = [json.loads((FIXTURES / d / "index.json").read_text())["entries"] for d in ("handwritten", "lightning")]
+    return {entry["checkpoint"]: entry for table in tables for entry in table}
+
+
+ENTRIES = entries()
+# not read yet: refused, never misread (test_what_is_not_read_yet_is_refused)
+PENDING = {
+    name
+    for name, e in ENTRIES.items()
+    if e["format"] == "loralib" or e["contents"] == "module" or "minlora-zoo" in name or "nvlabs-llava/final" in name
+}
+CLOSE = 3e-6  # float32 forward passes of two networks that compute in different orders: 2.1e-6 at most was seen
+GOOD = [name for name, e in ENTRIES.items() if not e["refuse"] and name not in PENDING]
+REFUSED = [name for name, e in ENTRIES.items() if e["refuse"] and name not in PENDING]
+
+
+def given(entry: dict[str, Any]) -> dt.Given:
+    needs = entry["needs"]
+    rule = RULES[needs["rule"]] if "rule" in needs else None
+    square = "square" in entry["name"] and entry["contents"] == "adapter" and entry["format"] == "rasbt-dora"
+    return dt.Given(alpha=needs.get("alpha"), scale_rule=rule, magnitude_axis="in" if square else None)
+
+
+def outputs(entry: dict[str, Any], folder: Path) -> tuple[float, float]:
+    """Relative distance of the merged network, and of the base, from the trained one."""
+    recorded = np.load(FIXTURES / entry["expected"])
+    network = networks.build(entry["network"])
+    network.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    inputs = torch.from_numpy(recorded["inputs"])
+    with torch.no_grad():
+        ours = networks.output(network, inputs).numpy()
+    scale = np.abs(recorded["output"]).max()
+    return (
+        float(np.abs(ours - recorded["output"]).max() / scale),
+        float(np.abs(recorded["base_output"] - recorded["output"]).max() / scale),
+    )
+
+
+def single_file_base(entry: dict[str, Any], tmp_path: Path) -> Path:
+    """The fixture's base as a directory of its own."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((FIXTURES / entry["base"]).read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_merged_into_its_base(name: str, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    dt.merge(FIXTURES / name, single_file_base(entry, tmp_path), tmp_path / "out", given=given(entry))
+    error, control = outputs(entry, tmp_path / "out")
+    assert error < CLOSE
+    assert control > 0.01
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD if ENTRIES[n]["contents"] == "full" and "peft" not in n])
+def test_a_mixed_checkpoint_is_its_own_base(name: str, tmp_path: Path) -> None:
+    dt.merge(FIXTURES / name, None, tmp_path / "out", given=given(ENTRIES[name]))
+    error, _ = outputs(ENTRIES[name], tmp_path / "out")
+    assert error < CLOSE
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    with pytest.raises(DoraToolsError):
+        dt.merge(FIXTURES / name, single_file_base(entry, tmp_path), tmp_path / "out", given=given(entry))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(PENDING))
+def test_what_is_not_read_yet_is_refused(name: str, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    with pytest.raises(DoraToolsError):
+        dt.merge(FIXTURES / name, single_file_base(entry, tmp_path), tmp_path / "out", given=given(entry))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD if ENTRIES[n]["needs"] and "square/adapter" not in n])
+def test_a_missing_scale_is_asked_for(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(FIXTURES / name)]) == 3
+    said = capsys.readouterr().err
+    assert "--scaling" in said or "--scale-rule" in said
+    if "alpha" not in ENTRIES[name]["needs"]:
+        assert "alpha is 8" in said, "found in the hyper-parameters, and said"
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD if ENTRIES[n]["axis"] != "in"])
+def test_converted_to_peft_it_merges_to_the_same(name: str, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    scaled_bias = entry["scaled_bias"]
+    if scaled_bias or "nvlabs" in name:
+        with pytest.raises(DoraToolsError):
+            dt.convert(FIXTURES / name, tmp_path / "peft", "peft", given=given(entry))
+        return
+    dt.convert(FIXTURES / name, tmp_path / "peft", "peft", given=given(entry))
+    dt.merge(tmp_path / "peft", single_file_base(entry, tmp_path), tmp_path / "out")
+    error, _ = outputs(entry, tmp_path / "out")
+    assert error < CLOSE
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD if n.endswith("rasbt-dora-square/adapter.pt")])
+def test_square_layers_alone_are_not_guessed(name: str, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    base = single_file_base(entry, tmp_path)
+    with pytest.raises(DoraToolsError, match="--magnitude-axis in"):
+        dt.merge(FIXTURES / name, base, tmp_path / "out", given=dt.Given(alpha=8, scale_rule="alpha"))
