@@ -114,6 +114,14 @@ def inspect(
     return summarise(reading.adapter, str(path), reading.left_out, stats, placed)
 
 
+def suggest_format(path: str | Path) -> str:
+    """A starter table (TOML) for an adapter of unknown format: see ``formats.table``. Raises InputError."""
+    from .formats.table import suggest
+
+    place = hub.resolve(path, "adapter")
+    return suggest(containers.open_checkpoint(place), place.stem)
+
+
 def _base(base: BaseLike) -> Checkpoint:
     if isinstance(base, str | Path):
         return plain(containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES), str(base))

@@ -132,3 +132,36 @@ def test_square_layers_alone_are_not_guessed(name: str, tmp_path: Path) -> None:
     base = single_file_base(entry, tmp_path)
     with pytest.raises(DoraToolsError, match="--magnitude-axis in"):
         dt.merge(FIXTURES / name, base, tmp_path / "out", given=dt.Given(alpha=8, scale_rule="alpha"))
+
+
+# which magnitudes a format can hold: one per output, one per input, none
+HOLDS: dict[str, set[str | None]] = {
+    "peft": {"out", None},
+    "nvlabs": {"out"},
+    "rasbt-dora": {"in"},
+    "catid": {"in"},
+    "rasbt-lora": {None},
+    "fsdp-lora": {None},
+    "minlora": {None},
+}
+TARGETS = ["peft", "rasbt-lora", "rasbt-dora", "catid", "fsdp-lora", "fsdp-qdora", "minlora", "nvlabs"]
+SOURCES = [n for n in GOOD if ENTRIES[n]["contents"] == "adapter" and "nvlabs" not in n and "square" not in n]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_format_into_every_other(name: str, to: str, tmp_path: Path) -> None:
+    """Converted and merged is merged; or the format is refused because it cannot hold the adapter."""
+    entry = ENTRIES[name]
+    base = single_file_base(entry, tmp_path)
+    can = to == "fsdp-qdora" if entry["scaled_bias"] else entry["axis"] in HOLDS.get(to, set())
+    if not can:
+        with pytest.raises(DoraToolsError):
+            dt.convert(FIXTURES / name, tmp_path / "converted", to, given=given(entry))
+        assert not (tmp_path / "converted").exists()
+        return
+    notes = dt.convert(FIXTURES / name, tmp_path / "converted", to, given=given(entry))
+    again = dt.Given(scaling=1.0) if any("scaling of 1" in note for note in notes) else dt.Given()
+    dt.merge(tmp_path / "converted", base, tmp_path / "out", given=again)
+    error, _ = outputs(entry, tmp_path / "out")
+    assert error < CLOSE

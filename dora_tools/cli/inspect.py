@@ -16,9 +16,17 @@ from .options import reading
 @click.option("--json", "as_json", is_flag=True, help="Print JSON (a versioned schema) instead of a table.")
 @click.option("--stats", is_flag=True, help="Read the values too: the size of each module's update.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the updates' sizes as an image.")
+@click.option("--suggest-format", is_flag=True, help="Print a starter table (TOML) for a file of unknown format.")
 @reading
 def command(
-    path: str, base: str | None, format: str | None, as_json: bool, stats: bool, plot: Path | None, given: Any
+    path: str,
+    base: str | None,
+    format: str | None,
+    as_json: bool,
+    stats: bool,
+    plot: Path | None,
+    suggest_format: bool,
+    given: Any,
 ) -> None:
     """Show what is in ADAPTER: its format, base model, ranks, scaling and where it came from, modules, magnitudes.
 
@@ -26,6 +34,9 @@ def command(
     """
     from .. import api
 
+    if suggest_format:
+        click.echo(api.suggest_format(path))
+        return
     summary = api.inspect(path, base, stats or plot is not None, format, given)
     if plot is not None:
         summary.plot(plot)

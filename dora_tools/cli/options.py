@@ -32,7 +32,9 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--scale-rule", type=click.Choice(_RULES), help="How the trainer scales BA with alpha."),
         click.option("--scaling", type=float, metavar="S", help="The number that BA is multiplied with."),
         click.option("--alpha", type=float, metavar="A", help="Alpha, where the file does not record it."),
-        click.option("--from", "format", metavar="FORMAT", help="Read as this format instead of detecting it."),
+        click.option(
+            "--from", "--custom", "format", metavar="FORMAT", help="Read as this format, or by the table FILE.toml."
+        ),
     ):
         gathered = option(gathered)
     return gathered

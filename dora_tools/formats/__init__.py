@@ -1,7 +1,8 @@
 """Adapter formats: a checkpoint with its config ⇄ an Adapter. One module or table per format; none imports another.
 
 A format is a module of this package that defines ``FORMAT``, or a table in ``tables/*.toml`` (see ``table``). Dropping
-the file in is all: detection, the choices of the command line and the tests of all formats find it.
+the file in is all: detection, the choices of the command line and the tests of all formats find it. Other packages
+register a ``Format`` under the entry point ``dora_tools.formats``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter, Axis
@@ -81,14 +84,23 @@ def formats() -> dict[str, Format]:
         for candidate in (getattr(loaded, "FORMAT", None), *getattr(loaded, "FORMATS", ())):
             if isinstance(candidate, Format):
                 found[candidate.name] = candidate
+    for point in entry_points(group="dora_tools.formats"):
+        candidate = point.load()
+        if not isinstance(candidate, Format):
+            raise InputError(f"The plug-in {point.value} is not a dora_tools Format.")
+        found.setdefault(candidate.name, candidate)
     return found
 
 
 def named(name: str) -> Format:
-    """The format of that name. Raises UsageError."""
+    """The format of that name, or of the table in that ``.toml`` file. Raises UsageError, InputError for the table."""
+    if name.endswith(".toml"):
+        from .table import load
+
+        return load(Path(name)).format()
     known = formats()
     if name not in known:
-        raise UsageError(f"There is no format '{name}'; known are {', '.join(sorted(known))}.")
+        raise UsageError(f"There is no format '{name}'; known are {', '.join(sorted(known))}, or a table FILE.toml.")
     return known[name]
 
 

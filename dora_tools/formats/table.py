@@ -7,6 +7,7 @@ README for the keys of a table.
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +47,6 @@ _KEYS = {
     "rename": {"match", "to"},
     "scaling": {"rule", "alpha"},
     "dora": {"eps", "eps_rule", "bias", "required"},
-    "example": {"module", "out", "in", "rank"},
 }
 
 
@@ -81,7 +81,6 @@ class Table:
     dora: bool | None = None
     unmatched: str = "replace"
     file: str = "adapter.safetensors"
-    example: Mapping[str, Any] = field(default_factory=dict)
 
     def format(self) -> Format:
         """The table as a Format."""
@@ -101,7 +100,7 @@ def load(path: Path) -> Table:
 def parse(data: Mapping[str, Any], where: str) -> Table:
     """A table from its parsed TOML. Raises InputError for unknown keys, labels and roles, and for broken patterns."""
     _check_keys(data, "", where)
-    for section in ("detect", "scaling", "dora", "example"):
+    for section in ("detect", "scaling", "dora"):
         _check_keys(data.get(section, {}), section, where)
     for section in ("key", "refuse", "rename"):
         for entry in data.get(section, []):
@@ -131,10 +130,15 @@ def parse(data: Mapping[str, Any], where: str) -> Table:
         "clamp" if dora.get("eps_rule") == "clamp" else "add",
         dora.get("bias") == "scaled",
         dora.get("required"),
-        str(data.get("unmatched", {}).get("policy", "replace")) if "unmatched" in data else "replace",
+        _policy(data.get("unmatched", "replace"), where),
         str(data.get("file", "adapter.safetensors")),
-        data.get("example", {}),
     )
+
+
+def _policy(text: Any, where: str) -> str:
+    if text not in ("replace", "ignore", "refuse"):
+        raise InputError(f"{where}: unmatched is replace (trained whole), ignore or refuse, not {text!r}.")
+    return str(text)
 
 
 def _check_keys(entry: Mapping[str, Any], section: str, where: str) -> None:
@@ -422,12 +426,15 @@ def _write(table: Table, adapter: Adapter) -> Written:
     """The adapter under the table's keys. Raises TargetError for what the table has no key or no rule for."""
     rules = {rule.role: rule for rule in reversed(table.rules) if rule.write}
     refs: dict[str, Ref] = {}
+    alpha_key = next((source.partition(":")[2] for source in table.alpha if source.startswith("config:")), None)
+    largest = max((u.delta.rank for u in adapter.updates if isinstance(u.delta, LowRank)), default=1)
     for update in adapter.updates:
         delta, m = update.delta, update.magnitude
         if update.kind != "linear" or update.bias is not None or not isinstance(delta, LowRank | Unchanged):
             raise TargetError(f"{update.module}: format '{table.name}' holds low-rank updates of linear layers only.")
         if isinstance(delta, LowRank):
-            b = delta.lora_B.times(delta.scaling)  # the format records no alpha, so the factor carries it
+            # the factor carries the scaling: alpha is not recorded, or one number for all ranks
+            b = delta.lora_B.times(delta.scaling * (delta.rank / largest if alpha_key else 1))
             for role, promise, order in (("lora_A", delta.lora_A, ("rank", "in")), ("lora_B", b, ("out", "rank"))):
                 rule = rules[role]
                 refs[_key(rule, update.module)] = promise if rule.dims in ((), order) else promise.T
@@ -448,6 +455,11 @@ def _write(table: Table, adapter: Adapter) -> Written:
     if adapter.replaced and table.unmatched != "replace":
         raise TargetError(f"Format '{table.name}' has no place for {min(adapter.replaced)}, which was trained whole.")
     refs |= {name: replacement.tensor for name, replacement in adapter.replaced.items()}
+    if alpha_key:
+        config = {**table.config, "r": largest, alpha_key: largest, "base_model_name_or_path": adapter.base_model}
+        config["target_modules"] = sorted({u.module.rpartition(".")[2] for u in adapter.updates})
+        text = json.dumps(config, indent=2, sort_keys=True).encode()
+        return Written(Tensors(refs), table.file, {"adapter_config.json": text})
     note = {"alpha": "alpha = 1", "one": "", "rslora": "alpha = √rank"}.get(table.scale_rules[0], "alpha = rank")
     notes = (f"The scaling is in lora_B: use it with {note}, a scaling of 1.",) if note else ()
     return Written(Tensors(refs), table.file, notes=notes)
@@ -456,6 +468,58 @@ def _write(table: Table, adapter: Adapter) -> Written:
 def _key(rule: Rule, module: str) -> str:
     assert rule.write is not None
     return rule.write.replace("{module}", module)
+
+
+def suggest(checkpoint: Checkpoint, name: str) -> str:
+    """A starter table for an unknown file: its kinds of keys, with what their names and shapes suggest.
+
+    What is a guess is marked; scale and what is left open must be filled in by whoever knows the trainer.
+    """
+    cuts = {key: next((i for i, p in enumerate(key.split(".")) if _HINT.search(p)), 0) for key in checkpoint.tensors}
+    adapted = {".".join(key.split(".")[:cut]) for key, cut in cuts.items() if cut}
+    kinds: dict[str, list[str]] = {}
+    for key in checkpoint.tensors:
+        parts = key.split(".")
+        module = next((m for i in range(len(parts), 0, -1) if (m := ".".join(parts[:i])) in adapted), "")
+        tail = key.removeprefix(f"{module}.") if module else f"(not of an adapted module).{parts[-1]}"
+        kinds.setdefault(tail, []).append(key)
+    lines = [f'name = "{name}"', 'about = "what wrote this"', ""]
+    for tail, keys in kinds.items():
+        shape = checkpoint.tensors[keys[0]].shape
+        if tail.startswith("("):
+            lines += [
+                f"# {len(keys)} keys like {keys[0]}, shape {list(shape)}: of no adapted module, taken as they are",
+                "",
+            ]
+            continue
+        role, dims = _guess(tail, shape)
+        lines += [
+            f"# {len(keys)} keys like {keys[0]}, shape {list(shape)}",
+            "[[key]]",
+            f"match = '(?P<module>.+)\\.{re.escape(tail)}'",
+            f'role = "{role}"' + ("" if dims else "  # or: alpha, replace (a tensor trained whole)"),
+        ]
+        lines += [f"dims = {json.dumps(dims)}  # check"] if dims else []
+        lines.append("")
+    lines += ["[scaling]", 'rule = ["alpha", "alpha/rank", "rslora", "one"]  # keep the one that the trainer uses', ""]
+    return "\n".join(lines)
+
+
+_HINT = re.compile(r"lora|dora|magnitude|adapter|^m$", re.IGNORECASE)
+
+
+def _guess(tail: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
+    """A role and dimensions: lora_A and lora_B by the name's letter or direction, m by its name, the base by weight."""
+    low = tail.lower()
+    if re.search(r"(_|\b)(a|down|in|0)(\.weight)?$", low) and len(shape) == 2:
+        return "lora_A", ("rank", "in") if shape[0] <= shape[1] else ("in", "rank")
+    if re.search(r"(_|\b)(b|up|out|1)(\.weight)?$", low) and len(shape) == 2:
+        return "lora_B", ("out", "rank") if shape[1] <= shape[0] else ("rank", "out")
+    if "magnitude" in low or low.split(".")[0] in {"m", "dora_scale", "dora_m", "lora_m"}:
+        return "magnitude", ("1", "in") if shape[:1] == (1,) else ("out", "1") if shape[1:] == (1,) else ("out",)
+    if low.endswith("weight") and len(shape) == 2:
+        return "base", ("out", "in")
+    return ("bias", ("out",)) if low.endswith("bias") else ("ignore", ())
 
 
 def _shipped() -> list[Format]:
