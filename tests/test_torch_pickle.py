@@ -276,8 +276,10 @@ def test_lightning_like(save: Any) -> None:
 def test_whole_module(save: Any) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), LoRALayer())
     opened = open_torch(save(model))
-    assert not opened.tensors
-    assert list(opened.metadata["opaque"]) == ["object"]
+    assert opened.tensors.keys() == model.state_dict().keys() and not opened.metadata["opaque"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(opened.read(name).reshape(tensor.shape), tensor)
+    assert opened.metadata["attributes"]["1"]["alpha"] == 16 and opened.metadata["attributes"]["0"]["in_features"] == 3
     layer = opened.metadata["object"].attributes["_modules"]["1"]
     assert layer.name == "LoRALayer" and layer.attributes["alpha"] == 16 and layer.attributes["rank"] == 4
     named = opened.named({

@@ -180,8 +180,38 @@ def open_torch(path: Path, offset: int = 0, length: int | None = None) -> TorchF
                 "Unpack it, or load it with the program that wrote it and save it again."
             )
         found, positions = (_open_zip if head[:4] == b"PK\3\4" else _open_stream)(source, offset, end)
+        metadata: dict[str, Any] = {"object": found}
+        if isinstance(found, Inert) and "_modules" in found.attributes:
+            found, metadata["attributes"] = _state_dict(found)
         names = _Namer(found)
-        return TorchFile(source, {}, positions, {"object": found, "opaque": names.opaque}).named(names.records)
+        return TorchFile(source, {}, positions, {**metadata, "opaque": names.opaque}).named(names.records)
+
+
+def _state_dict(module: Inert) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Of a pickled nn.Module: parameters and buffers by name, and each submodule's plain attributes by its path.
+
+    The attributes are all that is left of what the class computed with: a rank, an alpha.
+    """
+    tensors: dict[str, Any] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    todo: list[tuple[str, Any, int]] = [("", module, 0)]
+    while todo:
+        path, part, depth = todo.pop()
+        held = part.attributes if isinstance(part, Inert) else {}
+        if depth > MAX_DEPTH or len(attributes) > MAX_NAMES:
+            raise pickle.UnpicklingError("its modules are nested without end")
+        attributes[path] = {k: v for k, v in held.items() if isinstance(v, str | int | float)}
+        prefix = f"{path}." if path else ""
+        for kind in ("_parameters", "_buffers"):
+            values = held.get(kind)
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if value is not None:
+                    tensors[f"{prefix}{name}"] = value
+        children = held.get("_modules")
+        todo += (
+            [(f"{prefix}{k}", v, depth + 1) for k, v in children.items()][::-1] if isinstance(children, dict) else []
+        )
+    return tensors, attributes
 
 
 def read_pickle(path: Path) -> Any:

@@ -34,6 +34,8 @@ _INNER = re.compile(r"(lora|peft|adapter)_?(config|args|params)?|model|config|ar
 def _state(checkpoint: Checkpoint) -> str | None:
     """The key of the saved object that holds the network's tensors; None where the object is the state dict itself."""
     saved = checkpoint.metadata.get("object")
+    if "attributes" in checkpoint.metadata:
+        return None  # a pickled module: its state dict is what the container gives
     if isinstance(saved, dict):
         return next((key for key in _STATES if isinstance(saved.get(key), dict) and saved[key]), None)
     if "meta" in checkpoint.metadata:  # a sharded checkpoint: the tensors lie beside the object

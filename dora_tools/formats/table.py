@@ -367,6 +367,10 @@ def _scaling(
     if given.scaling is not None:
         return given.scaling, "--scaling"
     rule = given.scale_rule or (table.scale_rules[0] if len(table.scale_rules) == 1 else None)
+    attributes = _attributes(checkpoint, module)
+    if rule is None and given.alpha is None and "alpha" in attributes:
+        # of a pickled module: the class that divides by the rank keeps it, the one that does not has no use for it
+        rule = "alpha/rank" if "rank" in attributes else "alpha"
     if rule == "one":
         return 1.0, f"1, the rule of {table.name}" if given.scale_rule is None else "--scale-rule one"
     alpha, source = _alpha(table, checkpoint, given, module)
@@ -388,9 +392,19 @@ def _scaling(
     return alpha / (sqrt(rank) if rule == "rslora" else rank), f"{alpha:g}/{'√' * (rule == 'rslora')}{rank}, {source}"
 
 
+def _attributes(checkpoint: Checkpoint, module: _Module) -> Mapping[str, Any]:
+    """What a pickled module remembers beside lora_A."""
+    path = module.keys["lora_A"][0].rpartition(".")[0]
+    found: Mapping[str, Any] = checkpoint.metadata.get("attributes", {}).get(path, {})
+    return found
+
+
 def _alpha(table: Table, checkpoint: Checkpoint, given: Given, module: _Module) -> tuple[float | None, str]:
     if given.alpha is not None:
         return given.alpha, "--alpha"
+    attribute = _attributes(checkpoint, module).get("alpha")
+    if isinstance(attribute, int | float):
+        return float(attribute), "alpha of the pickled module"
     if "alpha" in module.keys:
         key = module.keys["alpha"][0]
         return float(ref(checkpoint, key).load().item()), key
