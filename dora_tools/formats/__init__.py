@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,6 +31,7 @@ class Given:
     scaling: float | None = None
     scale_rule: str | None = None
     magnitude_axis: Axis | None = None
+    inside: str | None = None  # the format inside a wrapper
 
     def __post_init__(self) -> None:
         if self.scale_rule not in (None, *SCALE_RULES):
@@ -106,14 +107,16 @@ def named(name: str) -> Format:
 
 def read(checkpoint: Checkpoint, where: str, name: str | None = None, given: Given | None = None) -> Reading:
     """Read an adapter in the named or the detected format. Raises InputError, UsageError for an unknown name."""
-    known = formats()
-    for candidate in known.values() if name is None else (named(name),):
-        if name is not None or candidate.sniff(checkpoint):
-            if not candidate.unwraps:
-                plain(checkpoint, where)
-            return candidate.read(checkpoint, given or Given())
+    given = given or Given()
+    chosen = named(name) if name is not None else None
+    for candidate in formats().values():
+        if candidate.unwraps and candidate.sniff(checkpoint):
+            return candidate.read(checkpoint, replace(given, inside=name if chosen is not candidate else None))
+    for candidate in formats().values() if chosen is None else (chosen,):
+        if chosen is not None or candidate.sniff(checkpoint):
+            return candidate.read(plain(checkpoint, where), given)
     keys = ", ".join(list(checkpoint.tensors)[:4])
     raise InputError(
         f"{where} is not recognised as an adapter: {len(checkpoint.tensors)} tensors ({keys}{', …' if keys else ''}) "
-        f"and no adapter_config.json beside them. Formats that can be read: {', '.join(sorted(known))}."
+        f"and no adapter_config.json beside them. Formats that can be read: {', '.join(sorted(formats()))}."
     )

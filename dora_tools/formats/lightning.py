@@ -86,7 +86,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         {inner: checkpoint.tensors[name] for inner, name in names.items()},
         metadata,
     )
-    return _of_the_network(read(inside, "The state dict in the checkpoint", given=given), left_out)
+    return _of_the_network(read(inside, "The state dict in the checkpoint", given.inside, given), left_out)
 
 
 def _unwrapped(name: str) -> str:
