@@ -14,6 +14,7 @@ from math import frexp, isfinite
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .checkpoint import Ref
+from .dtypes import DTYPES
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ class LowRank:
                 "Adapters saved under DeepSpeed ZeRO-3 or FSDP without gathering look like this; save it again with "
                 "the parameters gathered."
             )
+        for factor in (a, b):
+            if not (DTYPES[factor.dtype].floating or factor.dtype.startswith("F8")):
+                raise InputError(f"{factor.key} is stored as {factor.dtype}; a factor of a LoRA holds fractions.")
         if a.shape[0] != b.shape[1]:
             raise InputError(
                 f"{a.key} has rank {a.shape[0]} (shape {list(a.shape)}), but {b.key} has rank {b.shape[1]} "
@@ -231,6 +235,8 @@ class Magnitude:
     def __post_init__(self) -> None:
         if len(self.vector.shape) != 1:
             raise InputError(f"{self.vector.key}: a magnitude is a vector, not of shape {list(self.vector.shape)}.")
+        if not DTYPES[self.vector.dtype].floating:
+            raise InputError(f"{self.vector.key} is stored as {self.vector.dtype}; a magnitude holds fractions.")
         if self.scales_bias and self.axis == "in":
             raise InputError(
                 f"{self.vector.key}: a magnitude for each input cannot scale the bias, which is an output."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -258,7 +257,15 @@ class MergePlan:
         def closing() -> Iterable[File]:
             return [self._manifest(self.result)] if self.with_card else []
 
-        write(self.merged, self.layout, self.out, threads=self.threads, progress=progress, closing=closing)
+        write(
+            self.merged,
+            self.layout,
+            self.out,
+            threads=self.threads,
+            progress=progress,
+            closing=closing,
+            check=not self.options["allow_nonfinite"],
+        )
         return self.result
 
     @property
@@ -275,7 +282,7 @@ class MergePlan:
             if result is not None:
                 change = result.change(name)
                 if self.options["stats"]:
-                    entry["relative_change"] = change.relative
+                    entry["relative_change"] = change.relative if isfinite(change.relative) else None
                 if change.zeros:
                     entry["rows_without_direction"] = change.zeros
             modules[name] = entry
@@ -390,7 +397,7 @@ def plan_merge(
             elif own_tokenizers:
                 notes.append("Of several adapters with tokenizers none is taken: the tokenizer is the base's.")
         elif binding.config is not None:
-            files.append(File("config.json", (json.dumps(config, indent=2).encode(),)))
+            files.append(File("config.json", (companions.as_json(config or {}),)))
     elif binding.config is not None:
         notes.append(f"One file cannot hold a config: {place}'s own config.json is not right for {out} as it is.")
     if with_card:
@@ -401,9 +408,13 @@ def plan_merge(
         files += [companions.card(folder.resolve().name, base_name, hub_id, labels, counted), *index]
     layout = Layout(files)
     read_from = [p for p in (place, *(i.place for i in inputs)) if p is not None]
+    if place is not None and place.is_dir() and place.resolve() in folder.resolve().parents:
+        raise UsageError(f"{folder} lies inside the base {place}; write somewhere else.")
     if file is None:
         check_target(layout, folder, read_from, force)
-    elif (folder / file).exists() and (not force or any((folder / file).samefile(p) for p in read_from)):
+    elif (folder / file).exists() and (
+        not force or any((folder / file).samefile(p) for place in read_from for p in (place, *_files_in(place)))
+    ):
         why = "exists; --force replaces it" if not force else "is an input"
         raise UsageError(f"{out} {why}. Choose another name.")
     options = {
@@ -417,6 +428,10 @@ def plan_merge(
     return MergePlan(
         folder, binding, layout, free, worker_count, result, tuple(inputs), base_name, options, with_card, notes
     )
+
+
+def _files_in(place: Path) -> list[Path]:
+    return [p for p in place.iterdir() if p.is_file()] if place.is_dir() else []
 
 
 def _named_base(base: BaseLike, place: Path | None, claimed: Sequence[str]) -> tuple[str, str | None]:

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Toward, Unchanged, Update
-from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay
+from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay, tiles
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
-from .names.ties import CONV1D_MODELS, LABEL_HEADS, ON_DISK, always_tied, ties_of
+from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, MOVED, ON_DISK, TASK_HEADS, always_tied, ties_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +61,35 @@ class _Plan:
 
     @property
     def architecture(self) -> str:
-        return str((self.config.get("architectures") or [""])[0])
+        named = self.config.get("architectures")
+        return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
+
+    @property
+    def model_type(self) -> str:
+        kind = self.config.get("model_type")
+        return kind if isinstance(kind, str) else ""
+
+    def spelled(self, name: str) -> str:
+        """A name of the model at run time as this base spells it: moved, or without the model's prefix."""
+        known = self.base.tensors
+        name = ON_DISK.get(self.model_type, {}).get(name, name)
+        old_style = any(n.startswith("language_model.model.") for n in known)
+        moved = next((old + name.removeprefix(new) for new, old in MOVED if name.startswith(new) and old_style), name)
+        return next((n for n in (name, moved, name.partition(".")[2]) if n and n in known), moved)
 
     @property
     def ties(self) -> dict[str, str] | None:
-        """Tied name → the name of what it is tied to, as this base spells them; None for an unknown language model.
-
-        A file saved without its model's prefix has ``embed_tokens.weight`` for ``model.embed_tokens.weight``.
-        """
-        known, on_disk = self.base.tensors, ON_DISK.get(self.config.get("model_type", ""), {})
-
-        def spelled(name: str) -> str:
-            name, short = on_disk.get(name, name), name.partition(".")[2]
-            return short if name not in known and short in known else name
-
+        """Tied name → the name of what it is tied to, as this base spells them; None for an unknown language model."""
+        if self.config and not self.architecture:
+            return None
         ties = ties_of(self.architecture, self.task)
-        return None if ties is None else {spelled(tied): spelled(source) for tied, source in ties.items()}
+        if ties is None:
+            return None
+        pairs = {self.spelled(tied): self.spelled(source) for tied, source in ties.items()}
+        known = self.base.tensors  # a file may hold either end
+        return {
+            t if s in known or t not in known else s: s if s in known or t not in known else t for t, s in pairs.items()
+        }
 
     @property
     def tied_off(self) -> bool:
@@ -95,13 +107,14 @@ class _Plan:
 def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding:
     """Place every update and replacement of the adapters, each with its strength. Raises FitError, TargetError."""
     original = base.metadata.get("config") or {}
-    if original.get("quantization_config"):
-        method = original["quantization_config"].get("quant_method", "an unnamed method")
+    quantisation = original.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation
         raise UnsupportedError(
             f"The base is quantised ({method}); dora-tools merges into dense weights. Give the base it was made from, "
             "or a dequantised copy."
         )
-    plan = _Plan(base, deepcopy(original))
+    plan = _Plan(base, {k: dict(v) if isinstance(v, dict) else v for k, v in original.items()})
     for adapter, strength in adapters:
         _place(adapter, strength, plan)
     _resolve_ties(plan)
@@ -134,12 +147,9 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
     if rename != ("", ""):
         plan.notes.append(f"Names: the adapter's '{rename[0]}…' is the base's '{rename[1]}…'.")
 
-    on_disk = ON_DISK.get(plan.config.get("model_type", ""), {})
-
     def place(name: str) -> str:
-        name = on_disk.get(name, name)
         renamed = rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name
-        return renamed if renamed in known or name not in known else name
+        return next((n for n in (renamed, name) if n in known), plan.spelled(name))
 
     heads = set() if plan.tied_off else (plan.ties or {}).keys()
     unplaced: list[str] = []
@@ -163,8 +173,10 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
             plan.updates.setdefault(bias, []).append((Update(update.module, delta), strength))
     for original, replacement in adapter.replaced.items():
         name = place(original)
-        if name not in known and name not in heads and replacement.shared:
+        of_task = bool(TASK_HEADS & {*name.split(".")}) and not replacement.shared
+        if name not in known and name not in heads and not of_task:
             unplaced.append(name)
+            continue
         if name in plan.replaced:
             raise FitError(f"Two of the adapters replace {name} with tensors of their own; only one can be merged.")
         if strength != 1.0:
@@ -234,7 +246,15 @@ def _prefix_rule(names: Sequence[str], known: Mapping[str, TensorInfo]) -> tuple
             for found in by_end.get(".".join(segments[-2:]), ()):
                 if found == rest or found.endswith(f".{rest}"):
                     rules.add((drop, found.removesuffix(rest)))
-    rules = {(drop, add) for drop, add in rules if drop != add or not drop}
+    moves = {*((a, b) for a, b in MOVED), *((b, a) for a, b in MOVED), ("model.", "model.language_model.")}
+    moves |= {
+        ("model.language_model.", "model."),
+        ("model.", "language_model.model."),
+        ("language_model.model.", "model."),
+    }
+    rules = {
+        (drop, add) for drop, add in rules if (drop, add) == ("", "") or not drop or not add or (drop, add) in moves
+    }
 
     def met(rule: tuple[str, str]) -> frozenset[str]:
         drop, add = rule
@@ -247,7 +267,8 @@ def _prefix_rule(names: Sequence[str], known: Mapping[str, TensorInfo]) -> tuple
     if ("", "") in best:
         return "", ""
     if len({scores[rule] for rule in best}) > 1:
-        a, b = best[0], best[1]
+        a = best[0]
+        b = next(rule for rule in best if scores[rule] != scores[a])
         raise FitError(
             f"The adapter's names fit the base in two ways: '{a[0]}…' as '{a[1]}…' and '{b[0]}…' as '{b[1]}…'. "
             "Which part of the model was it trained on?"
@@ -258,12 +279,14 @@ def _prefix_rule(names: Sequence[str], known: Mapping[str, TensorInfo]) -> tuple
 def _refuse_unknown_ties(plan: _Plan) -> None:
     """A model that transformers does not have may tie its vocabulary's weights: touching those would be a guess."""
     vocabulary = _setting(plan.config, "vocab_size")
-    for name, updates in plan.updates.items():
-        if any(update.kind == "embedding" for update, _ in updates) or plan.shape(name)[0] == vocabulary:
+    for name in (*plan.updates, *plan.replaced):
+        updates = plan.updates.get(name, ())
+        rows = plan.base.tensors[name].shape[:1] if name in plan.base.tensors else ()
+        if any(update.kind == "embedding" for update, _ in updates) or rows == (vocabulary,) or not rows:
             raise UnsupportedError(
-                f"{updates[0][0].module} changes the vocabulary's weights of a {plan.architecture}, and dora-tools "
-                "does not know which of its weights are tied. If none are, write tie_word_embeddings = false into the "
-                "base's config.json."
+                f"{name} is changed, and of this model ({plan.architecture or plan.model_type or 'no architecture'}) "
+                "dora-tools does not know which of the vocabulary's weights are tied. If none are, write "
+                "tie_word_embeddings = false into the base's config.json."
             )
 
 
@@ -278,7 +301,14 @@ def _resolve_ties(plan: _Plan) -> None:
     if plan.ties is None:
         _refuse_unknown_ties(plan)
     known, touched = plan.base.tensors, plan.updates.keys() | plan.replaced.keys()
-    ties = {tied: source for tied, source in (plan.ties or {}).items() if source in known}
+    ties = dict(plan.ties or {})
+    lost = [name for pair in ties.items() for name in pair if name in touched and not any(n in known for n in pair)]
+    if lost:
+        raise FitError(f"{lost[0]} is tied to a weight that is not in the base under any name that dora-tools knows.")
+    ties = {tied: source for tied, source in ties.items() if source in known}
+    for tied, source in list(ties.items()):
+        if tied in known and touched & {tied, source} and not _same_values(plan.base, tied, source):
+            del ties[tied]  # both are stored and differ: they are not one weight, whatever the config leaves unsaid
     differing = []
     for tied, source in ties.items():
         ours, theirs = plan.replaced.get(source), plan.replaced.get(tied)
@@ -292,10 +322,10 @@ def _resolve_ties(plan: _Plan) -> None:
             plan.replaced[tied] = theirs
     if not differing:
         return
-    if always_tied(plan.config.get("model_type")):
+    if always_tied(plan.model_type):
         tied, source = differing[0]
         raise TargetError(
-            f"The adapter makes {tied} and {source} differ, but {plan.config['model_type']} models tie them whatever "
+            f"The adapter makes {tied} and {source} differ, but {plan.model_type} models tie them whatever "
             "their config says, so no checkpoint can hold the result. Train both or neither."
         )
     for tied, source in ties.items():
@@ -307,6 +337,14 @@ def _resolve_ties(plan: _Plan) -> None:
     _set(plan.config, "tie_word_embeddings", False)
     pairs = " and ".join(" and ".join(pair) for pair in differing if touched & {*pair})
     plan.notes.append(f"{pairs} were one weight and now differ: untied, in the config too.")
+
+
+def _same_values(base: Checkpoint, a: str, b: str) -> bool:
+    if base.tensors[a].shape != base.tensors[b].shape:
+        return False
+    return all(
+        bool((base.read(a, start, stop) == base.read(b, start, stop)).all()) for start, stop in tiles(base.tensors[a])
+    )
 
 
 def _equal(a: Replacement | None, b: Replacement | None) -> bool:
@@ -339,11 +377,18 @@ def _fit_vocabulary(plan: _Plan) -> None:
     for name, replacement in plan.replaced.items():
         info = plan.base.tensors.get(name)
         found = replacement.tensor.shape
+        if info is not None and not DTYPES[info.dtype].floating and DTYPES[replacement.tensor.dtype].floating:
+            raise FitError(f"{name} is stored as {info.dtype} in {info.file}; {replacement.tensor.key} has fractions.")
         if info is None or info.shape == found:
             continue
         if name.removesuffix("bias").removesuffix("weight") + "weight" in heads and info.shape[1:] == found[1:]:
             continue
-        if info.shape[1:] != found[1:] or (info.shape[0] != old and name not in vocabulary):
+        if (
+            not found
+            or not info.shape
+            or info.shape[1:] != found[1:]
+            or (info.shape[0] != old and name not in vocabulary)
+        ):
             raise FitError(
                 f"{replacement.tensor.key} replaces {name} and has shape {list(found)}, but the base's, in "
                 f"{info.file}, has {list(info.shape)}. Is this the right base model?{plan.trained_on}"
@@ -367,7 +412,8 @@ def _fit_labels(plan: _Plan) -> None:
         shape = replacement.tensor.shape
         if len(shape) != 2 or not name.endswith(LABEL_HEADS):
             continue
-        labels = plan.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        labels = plan.config.get("id2label")
+        labels = labels if isinstance(labels, dict) and labels else {"0": "LABEL_0", "1": "LABEL_1"}
         if len(labels) != shape[0] and plan.config:
             plan.config["id2label"] = {str(i): f"LABEL_{i}" for i in range(shape[0])}
             plan.config["label2id"] = {f"LABEL_{i}": i for i in range(shape[0])}
@@ -397,8 +443,10 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
         bounds: list[Bound] = []
         for update, strength in updates:
             out, in_ = update.delta.shape
-            stored = (info.shape[0], prod(info.shape[1:]))
-            if update.kind == "whole":
+            stored = (info.shape[0], prod(info.shape[1:])) if len(info.shape) > 1 else (0, 0)
+            if len(info.shape) > 2 and not update.kernel_size and prod(info.shape[2:]) != 1:
+                stored = (0, 0)  # a stack of matrices: no linear layer
+            if update.kind == "whole" or (isinstance(update.delta, Dense) and update.delta.shape == (*info.shape, 1)):
                 bounds.append(Bound(update.module, update.delta, None, strength))
                 continue
             turn = update.kind == "embedding" or (update.kind == "linear" and turned(update, stored))
@@ -434,26 +482,40 @@ def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, 
     """How linear weights of this base are stored: by shape, and where a square one cannot tell, by the architecture,
     by the other modules of the adapter, by the adapter's own flag, in this order.
     """
-    model_type = plan.config.get("model_type")
-    conv1d = model_type in CONV1D_MODELS
+    kinds = {plan.model_type, *(v.get("model_type") for v in plan.config.values() if isinstance(v, dict))}
+    conv1d = bool(kinds & CONV1D_MODELS)
     seen = set()
     for name, updates in plan.updates.items():
         shape = view.tensors[name].shape
         for update, _ in updates:
             out, in_ = update.delta.shape
             if update.kind == "linear" and out != in_ and shape in {(out, in_), (in_, out)}:
-                seen.add(shape == (in_, out))
+                seen.add((_is_conv1d(update.module), shape == (in_, out)))
 
     def turned(update: Update, stored: tuple[int, int]) -> bool:
         out, in_ = update.delta.shape
-        may = conv1d or update.transposed or not model_type
+        by_name = _is_conv1d(update.module)
         if out != in_:
+            may = (conv1d and by_name) or update.transposed or not plan.model_type
             return stored == (in_, out) and bool(may)
-        if model_type is not None and (conv1d or len(seen) != 1):
-            return conv1d
-        return seen == {True} or (not seen and bool(update.transposed))
+        if conv1d:
+            return by_name
+        alike = {turn for named, turn in seen if named == by_name}
+        if len(alike) == 1:
+            return alike == {True}
+        if update.transposed and plan.model_type and not by_name:
+            raise FitError(
+                f"{update.module} is square, and nothing tells whether the base stores it as (in, out): its config "
+                f"says model_type {plan.model_type}, the adapter's says fan_in_fan_out. Merge with another module, or set "
+                "fan_in_fan_out to what is right for it."
+            )
+        return bool(update.transposed)
 
     return turned
+
+
+def _is_conv1d(module: str) -> bool:
+    return module.rpartition(".")[2] in CONV1D_LAYERS
 
 
 def _misfit_sentence(update: Update, expected: tuple[int, ...], info: TensorInfo, plan: _Plan) -> str:

@@ -57,11 +57,13 @@ def copied(
     Weights (also foreign ones: onnx, h5, …), indexes, hidden files, what training leaves behind, adapters and an older
     card stay. A directory given as ``tokenizer`` brings its own tokenizer files instead of the base's.
     """
-    files = {}
+    files, home = {}, base.resolve()
     for path in sorted(base.rglob("*")):
         relative = path.relative_to(base)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts):
             continue
+        if not any(path.resolve().is_relative_to(place) for place in (home, home.parent.parent / "blobs")):
+            continue  # a link to somewhere else
         if path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.stat().st_size > _LARGEST:
             continue
         if relative.as_posix() in {"README.md", "adapter_config.json", MANIFEST} or _STRAY.fullmatch(path.name):
@@ -75,8 +77,17 @@ def copied(
         edited = dict(config)
         if dtype is not None:
             _set_dtype(edited, dtype)
-        files["config.json"] = (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+        files["config.json"] = as_json(edited)
     return [File(name, (data,)) for name, data in sorted(files.items())]
+
+
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """For people and machines: UTF-8 as it is, half characters and numbers that JSON does not have made harmless."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def tokenizer_in(folder: Path | None) -> bool:
@@ -112,10 +123,10 @@ tags:
 
 {summary}
 """
-    return File("README.md", (text.encode(),))
+    return File("README.md", (text.encode(errors="replace"),))
 
 
 def manifest(content: Mapping[str, Any]) -> File:
     """dora_tools.json: what was merged into what, so that a result can be traced and checked."""
     stamped = {"created": datetime.now(UTC).isoformat(timespec="seconds"), **content}
-    return File(MANIFEST, ((json.dumps(stamped, indent=2, ensure_ascii=False) + "\n").encode(),))
+    return File(MANIFEST, (as_json(stamped),))

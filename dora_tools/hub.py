@@ -42,6 +42,8 @@ def resolve(spec: str | Path, role: Literal["adapter", "base"]) -> Path:
             pickles = ["adapter_model.bin"] if role == "adapter" else ["pytorch_model*.bin"]
             snapshot_download(name, revision=revision or None, allow_patterns=pickles)
         return folder
+    except errors.HFValidationError as error:
+        raise InputError(f"{text} does not exist, and is no name that a hub repository can have.") from error
     except errors.GatedRepoError as error:
         raise InputError(
             f"'{name}' is gated: accept its terms on the hub and log in with 'hf auth login', then try again."

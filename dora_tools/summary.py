@@ -60,7 +60,7 @@ class Summary:
         from rich.table import Table
 
         yield (
-            f"[bold]{self.method}[/bold] adapter, format {self.format}, {len(self.modules)} modules, "
+            f"{self.method} adapter, format {self.format}, {len(self.modules)} modules, "
             f"{self.parameters:,} parameters; base: {self.base_model or 'not recorded'}"
         )
         groups: dict[tuple[Any, ...], list[ModuleSummary]] = defaultdict(list)
@@ -88,7 +88,7 @@ class Summary:
         for name, reason in self.left_out.items():
             yield f"left out {name}: {reason}"
         for note in self.notes:
-            yield f"[yellow]note[/yellow] {note}"
+            yield f"note: {note}"
 
     def plot(self, path: Path) -> None:
         """A bar for each module's ‖s·BA‖, as an image. Raises ResourceError without the ``plot`` extra."""

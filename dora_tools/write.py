@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, Span, TensorInfo, blocks, single_threaded, tiles
 from .containers.source import Source
-from .dtypes import encode, to_torch, working
+from .dtypes import DTYPES, encode, to_torch, working
 from .errors import FitError, ResourceError, UsageError
 from .layout import Computed, File, Layout, human, length
 
@@ -134,14 +134,16 @@ def write(
     *,
     threads: int | None = None,
     progress: Progress | None = None,
+    check: bool = True,
     closing: Callable[[], Iterable[File]] = tuple,
 ) -> None:
     """Write ``layout`` with the tensors of ``checkpoint`` into ``folder``, all of it or nothing.
 
-    ``progress`` is called with the number of bytes done since the last call. ``closing`` gives further files of literal
-    bytes once the tensors are written (a manifest with what was measured). Raises ResourceError for a full or failing
-    disk; whatever the checkpoint raises passes through. Files that already stand in ``folder`` under the same names are
-    replaced at the end, each in one step.
+    With ``check``, a number that does not fit its stored type (Inf) is refused: FitError. ``progress`` is called with
+    the number of bytes done since the last call. ``closing`` gives further files of literal bytes once the tensors are
+    written (a manifest with what was measured). Raises ResourceError for a full or failing disk; whatever the
+    checkpoint raises passes through. Files that already stand in ``folder`` under the same names are replaced at the
+    end, each in one step.
     """
     threads = threads or min(8, os.cpu_count() or 1)
     outputs = [_Output(folder, file, layout.digest) for file in layout.files]
@@ -152,7 +154,7 @@ def write(
         _remove_leftovers(folder)
         for output in outputs:
             output.open()
-        _fill(checkpoint, layout.files, outputs, threads, progress or (lambda count: None))
+        _fill(checkpoint, layout.files, outputs, threads, progress or (lambda count: None), check)
         for file in closing():
             output = _Output(folder, file, layout.digest)
             outputs.append(output)
@@ -177,7 +179,12 @@ def write(
 
 
 def _fill(
-    checkpoint: Checkpoint, files: Sequence[File], outputs: Sequence[_Output], threads: int, progress: Progress
+    checkpoint: Checkpoint,
+    files: Sequence[File],
+    outputs: Sequence[_Output],
+    threads: int,
+    progress: Progress,
+    check: bool = True,
 ) -> None:
     copies: list[_Item] = []
     computes: list[_Item] = []
@@ -195,7 +202,7 @@ def _fill(
                 info = checkpoint.tensors[piece.name]
                 computes += (_Compute(index, at, piece, first, last) for first, last in tiles(info))
             at += length(piece)
-    worker = _Worker(checkpoint, outputs, threads)
+    worker = _Worker(checkpoint, outputs, threads, check)
     # torch is imported, and column norms are taken, by one worker while the others copy
     for items in ([_Prepare(), *copies] if computes else copies, computes):
         for _, count in blocks(items, worker, threads):
@@ -229,7 +236,8 @@ def _remove_leftovers(folder: Path) -> None:
 class _Worker:
     """Does one piece of work in whatever thread it is called; buffers and open sources are its own."""
 
-    def __init__(self, checkpoint: Checkpoint, outputs: Sequence[_Output], threads: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, outputs: Sequence[_Output], threads: int, check: bool) -> None:
+        self._check = check
         self._checkpoint, self._outputs, self._threads = checkpoint, outputs, threads
         self._sources: dict[Path, Source] = {}
         self._local = threading.local()
@@ -297,8 +305,12 @@ class _Worker:
         if raw is None or raw.numel() < size:
             raw = self._local.raw = torch.empty(size, dtype=torch.uint8)
         encode(values, dtype, raw[:size])
-        if dtype == "F16" and info.dtype != "F16" and not bool(raw[:size].view(to_torch(dtype)).isfinite().all()):
-            raise FitError(f"{name} holds values beyond the range of float16 (65504). Use --dtype bfloat16 or float32.")
+        if self._check and (dtype == "F16" or DTYPES[info.dtype].nbytes > DTYPES[dtype].nbytes):
+            written = raw[:size].view(to_torch(dtype))
+            if not bool(written.isfinite().all()) and bool(values.isfinite().all()):
+                raise FitError(
+                    f"{name} holds values beyond the range of {dtype}{' (65504)' * (dtype == 'F16')}. Use --dtype bfloat16 or float32."
+                )
         output = self._outputs[item.file]
         output.write(at, raw[:size].numpy().data)
         output.flush_early(at, size)

@@ -191,7 +191,11 @@ CASES: dict[str, tuple[int, str, Spoil]] = {
         "as JSON",
         lambda case: void((case.adapter / "adapter_config.json").write_text("x")),
     ),
-    "no adapter config": (3, "not recognised", lambda case: (case.adapter / "adapter_config.json").unlink()),
+    "no adapter config": (
+        3,
+        "without its adapter_config.json",
+        lambda case: (case.adapter / "adapter_config.json").unlink(),
+    ),
     "no adapter": (3, "does not exist", lambda case: shutil.rmtree(case.adapter)),
     "empty adapter": (3, "nothing in it", tensors(lambda a: a.clear())),
     "other method": (3, "IA3", config(peft_type="IA3")),

@@ -47,7 +47,7 @@ def command(
         return
     from rich.console import Console
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     for part in summary.table():
         console.print(part)
     if base is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,6 +59,8 @@ def command(
     from .. import api
 
     weights: Any = strength[0] if len(strength) == 1 else list(strength) or 1.0
+    if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
+        raise click.UsageError(f"'{device}' is no device; use cpu, cuda, cuda:1 or auto.")
     if device == "auto":
         import torch
 
@@ -123,7 +127,9 @@ def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: floa
         report["seconds"] = round(seconds, 3)
         report["rows_without_direction"] = {n: z for n in result.merged if (z := result.zeros(n))}
         if plan.options["stats"]:
-            report["relative_change"] = {name: result.change(name).relative for name in result.merged}
+            report["relative_change"] = {
+                name: r if isfinite(r := result.change(name).relative) else None for name in result.merged
+            }
     return report
 
 
@@ -131,7 +137,7 @@ def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensors")
     table.add_column("count", justify="right")

@@ -45,6 +45,11 @@ def _choose(folder: Path, patterns: Iterable[str]) -> Path:
     for pattern in patterns:
         found = sorted(p for p in folder.glob(pattern) if p.name not in ADAPTER_FILES or pattern in ADAPTER_FILES)
         if len(found) == 1:
+            other = folder / pattern.removesuffix(".index.json")
+            if pattern.endswith(".index.json") and other.is_file() and "*" not in pattern:
+                raise InputError(
+                    f"{folder} holds both {found[0].name} and {other.name}: which is stale? Name the right one."
+                )
             return found[0]
         if found:
             raise InputError(
@@ -101,8 +106,8 @@ def _documents(folder: Path) -> dict[str, Any]:
 def _document(path: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError for anything else."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        value = json.loads(path.read_bytes(), object_pairs_hook=safetensors.unique)
+    except (OSError, ValueError, RecursionError, InputError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__} where a JSON object is expected.")

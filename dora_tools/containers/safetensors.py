@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +104,11 @@ class SafetensorsCheckpoint:
         return Span(self._sources[info.file].path, self._headers[info.file].offsets[name], info.nbytes)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json: an object, of which no key stands twice. Raises InputError."""
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [key for key, _ in pairs]
-        raise InputError(f"'{next(n for n in names if names.count(n) > 1)}' stands twice")
+        raise InputError(f"'{Counter(key for key, _ in pairs).most_common(1)[0][0]}' stands twice")
     return table
 
 
@@ -122,7 +123,7 @@ def _open(path: Path) -> tuple[Source, Header, dict[str, TensorInfo]]:
             pass
         size = int.from_bytes(source.pread(0, 8), "little")
         raw = source.pread(0, 8 + size)
-        table = json.loads(raw[8:], object_pairs_hook=_unique)
+        table = json.loads(raw[8:], object_pairs_hook=unique)
     except (SafetensorError, OSError, ValueError, RecursionError, InputError) as error:
         raise InputError(
             f"{path} is not a complete safetensors file ({error}). If it is what it should be, it was cut off or "
@@ -155,6 +156,8 @@ def open_index(index: Path, metadata: Mapping[str, Any] | None = None) -> Safete
 def read_index(index: Path) -> dict[str, Any]:
     """An index file: ``weight_map`` is tensor name → shard name. Raises InputError for anything else."""
     try:
+        if not index.is_file():
+            raise ValueError("it is no ordinary file")
         table: dict[str, Any] = json.loads(index.read_bytes())
         weight_map = table["weight_map"]
         if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 import weakref
 from pathlib import Path
@@ -16,6 +17,8 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise InputError(f"{path} is not an ordinary file.")
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as this object
             weakref.finalize(self, self._file.close)
             self.size = os.fstat(self._file.fileno()).st_size

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite, prod, sqrt
+from math import prod, sqrt
 from typing import Any
 
 from ..adapter import Adapter, LowRank, Magnitude, Replacement, Update
@@ -28,6 +28,8 @@ _LEAVES = {
     "lora_magnitude_vector": "m",
 }
 _STATE_KEY = re.compile(r"^base_model\.model\..*\.lora_(embedding_)?A\b|\.lora_(embedding_)?A\.default\b")
+# a repeated group with alternatives or repetitions of its own: exponential in the length of a name
+_ENDLESS = re.compile(r"\([^()]*[|*+?{][^()]*\)\s*[*+{]|\)\)[*+{]")
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 _PREFIX = "base_model.model."
 # init_lora_weights that leave the base as it is; every other one trains on a changed base
@@ -90,7 +92,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         tuple(updates),
         replaced,
         base if isinstance(base, str) and base else None,
-        config.get("task_type"),
+        config["task_type"] if isinstance(config.get("task_type"), str) else None,
         "peft",
         {"peft": config, "modules": tuple(modules)},
         tuple(notes),
@@ -143,6 +145,12 @@ def _checked(config: Any) -> dict[str, Any]:
     for option, reason in refused.items():
         if config.get(option):
             raise UnsupportedError(f"adapter_config.json sets {option} ({reason}); dora-tools cannot merge that yet.")
+    for name in ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"):
+        if not isinstance(config.get(name), bool | None):
+            raise InputError(f"adapter_config.json: {name} must be true or false, not {config[name]!r}.")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) and name for name in saved)):
+        raise InputError(f"adapter_config.json: modules_to_save must be a list of names, not {saved!r}.")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
             raise InputError(
@@ -158,14 +166,16 @@ class _Patterns:
         self._table, self._default = table, config.get(default, fallback)
         self._rules = []
         for pattern, value in (config.get(table) or {}).items():
+            if len(pattern) > 500 or _ENDLESS.search(pattern) or len(re.findall(r"[*+]|,\}", pattern)) > 3:
+                raise InputError(f"adapter_config.json: {table} has a pattern that may take forever: '{pattern:.80}'.")
             try:
                 self._rules.append((pattern, re.compile(rf"(.*\.)?({pattern})$"), value))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise InputError(
                     f"adapter_config.json: {table} has the broken pattern '{pattern}' ({error})."
                 ) from error
         for value in [self._default, *(value for _, _, value in self._rules)]:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:
                 raise InputError(f"adapter_config.json: {default} or {table} holds {value!r}, which is not a number.")
 
     def _matching(self, module: str) -> Iterator[tuple[str, float]]:
@@ -203,6 +213,8 @@ def _sort_keys(
         path = [segment for segment in key.removeprefix("module.").split(".") if segment not in _WRAPPERS]
         if path[:2] == ["base_model", "model"]:
             path = path[2:]
+        if not path or not all(path):
+            raise InputError(f"{key!r} is no name of a tensor in a model.")
         at = next((i for i, segment in enumerate(path) if segment.startswith("lora_")), None)
         if at is None:
             _sort_saved(checkpoint, key, path, saved, replaced, left_out)
@@ -259,8 +271,9 @@ def _sort_saved(
         )
     previous = replaced.get(name)
     if previous is not None:
-        if previous.tensor.shape != checkpoint.tensors[key].shape:
-            raise InputError(f"{key} and {previous.tensor.key} are both {name}, with different shapes.")
+        again = ref(checkpoint, key)
+        if again.shape != previous.tensor.shape or not bool((again.load() == previous.tensor.load()).all()):
+            raise InputError(f"{key} and {previous.tensor.key} are both {name}, with different values: which is it?")
         left_out[previous.tensor.key if own else key] = f"a second copy of {name}"
         if not own:
             return

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter, Axis, Delta, EpsRule, LowRank, Magnitude, Replacement, Unchanged, Update
-from ..checkpoint import Checkpoint, Ref, Tensors, View, ref
+from ..checkpoint import Checkpoint, Ref, Tensors, View, ref, tiles
 from ..errors import InputError, TargetError, UnsupportedError
 from . import SCALE_RULES, Format, Given, Reading, Written
 
@@ -305,7 +305,7 @@ def _decide_square(table: Table, modules: Mapping[str, _Module], checkpoint: Che
                     return []  # this one can only be what the table reads, and a file is of one kind
         if not doubtful or given.magnitude_axis is not None:
             return []
-        if _look_like_norms([modules[path] for path in doubtful], role, checkpoint):
+        if _look_like_norms([modules[path] for path in doubtful[:4]], role, checkpoint):
             return [f"All layers are square; the {role}s match the norms of the base's columns, so they are those."]
         raise InputError(
             f"All layers are square, so {modules[doubtful[0]].keys[role][0]} may be what '{table.name}' stores, or: "
@@ -323,8 +323,10 @@ def _look_like_norms(modules: Iterable[_Module], role: str, checkpoint: Checkpoi
     for module in modules:
         if "base" not in module.keys:
             return False
-        m = ref(checkpoint, module.keys[role][0]).load().flatten().double()
-        norms = ref(checkpoint, module.keys["base"][0]).load().double().norm(dim=0)
+        m = ref(checkpoint, module.keys[role][0]).load().flatten()
+        weight = module.keys["base"][0]
+        squares = [checkpoint.read(weight, *rows).square().sum(0) for rows in tiles(checkpoint.tensors[weight])]
+        norms = sum(squares[1:], start=squares[0]).sqrt()
         from_norms += float((m - norms).abs().mean())
         from_ones += float((m - 1).abs().mean())
     return from_norms < 0.5 * from_ones

@@ -12,8 +12,17 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-# Models with transformers' Conv1D layers, whose weights are stored (in, out).
+# Models with transformers' Conv1D layers, whose weights are stored (in, out), and what those layers are called.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+# Where the language model stands in a multimodal one: transformers 5's names, and those of older files.
+MOVED = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+
+# Segments of the heads that are put on a model for a task, which its own checkpoint does not have.
+TASK_HEADS = frozenset(
+    {"score", "classifier", "qa_outputs", "classification_head", "pre_classifier", "v_head", "value_head"}
+)
 
 # Run-time names that transformers 5 reads from and writes to disk under another name, by model type.
 ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
