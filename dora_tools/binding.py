@@ -143,7 +143,10 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
         plan.trained_on = f" The adapter names '{adapter.base_model}' as its base."
     plan.task = adapter.task or plan.task
     weights = {update.module: f"{update.module}.weight" for update in adapter.updates}
-    rename = _prefix_rule([*weights.values(), *adapter.replaced], known)
+    heads = set() if plan.tied_off else (plan.ties or {}).keys()
+    names = [*weights.values(), *adapter.replaced]
+    moved = all(plan.spelled(name) in known or plan.spelled(name) in heads for name in names)
+    rename = ("", "") if moved else _prefix_rule(names, known)
     if rename != ("", ""):
         plan.notes.append(f"Names: the adapter's '{rename[0]}…' is the base's '{rename[1]}…'.")
 
@@ -151,7 +154,6 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
         renamed = rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name
         return next((n for n in (renamed, name) if n in known), plan.spelled(name))
 
-    heads = set() if plan.tied_off else (plan.ties or {}).keys()
     unplaced: list[str] = []
     placed: dict[str, str] = {}
     for update in adapter.updates:
@@ -506,8 +508,8 @@ def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, 
         if update.transposed and plan.model_type and not by_name:
             raise FitError(
                 f"{update.module} is square, and nothing tells whether the base stores it as (in, out): its config "
-                f"says model_type {plan.model_type}, the adapter's says fan_in_fan_out. Merge with another module, or set "
-                "fan_in_fan_out to what is right for it."
+                f"says model_type {plan.model_type}, the adapter's says fan_in_fan_out. Set fan_in_fan_out "
+                "to what is right for it."
             )
         return bool(update.transposed)
 

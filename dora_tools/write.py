@@ -309,7 +309,8 @@ class _Worker:
             written = raw[:size].view(to_torch(dtype))
             if not bool(written.isfinite().all()) and bool(values.isfinite().all()):
                 raise FitError(
-                    f"{name} holds values beyond the range of {dtype}{' (65504)' * (dtype == 'F16')}. Use --dtype bfloat16 or float32."
+                    f"{name} holds values beyond the range of {dtype}{' (65504)' * (dtype == 'F16')}. "
+                    "Use --dtype bfloat16 or float32."
                 )
         output = self._outputs[item.file]
         output.write(at, raw[:size].numpy().data)
