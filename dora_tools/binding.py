@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -69,12 +70,17 @@ class _Plan:
         kind = self.config.get("model_type")
         return kind if isinstance(kind, str) else ""
 
+    @cached_property
+    def moved(self) -> bool:
+        """Whether the base has its language model where older files of multimodal models have it."""
+        return any(name.startswith(MOVED[0][1]) for name in self.base.tensors)
+
     def spelled(self, name: str) -> str:
         """A name of the model at run time as this base spells it: moved, or without the model's prefix."""
         known = self.base.tensors
         name = ON_DISK.get(self.model_type, {}).get(name, name)
-        old_style = any(n.startswith("language_model.model.") for n in known)
-        moved = next((old + name.removeprefix(new) for new, old in MOVED if name.startswith(new) and old_style), name)
+        moves = MOVED if self.moved else ()
+        moved = next((old + name.removeprefix(new) for new, old in moves if name.startswith(new)), name)
         return next((n for n in (name, moved, name.partition(".")[2]) if n and n in known), moved)
 
     @property
