@@ -268,3 +268,9 @@ def test_reports_are_json_even_where_nothing_was(tmp_path: Path, capsys: pytest.
     report = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert report["relative_change"][f"{UP}.weight"] is None
     json.loads((tmp_path / "out" / "dora_tools.json").read_text(), parse_constant=refuse)
+
+
+def test_unknown_options_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = tiny.write_adapter(tmp_path / "adapter", brand_new_option=3)
+    assert run(tiny.write_base(tmp_path / "base"), adapter, tmp_path / "out") == 0
+    assert "does not know: brand_new_option" in capsys.readouterr().err
