@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from . import tiny
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -40,3 +42,15 @@ def real_model() -> Callable[[str], Path]:
             pytest.skip(str(error))
 
     return find
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny sharded model, by hand."""
+    return tiny.write_base(tmp_path / "base", shards=2)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A DoRA that fits it."""
+    return tiny.write_adapter(tmp_path / "adapter")

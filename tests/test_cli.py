@@ -19,16 +19,6 @@ from dora_tools.cli import COMMANDS, main
 from . import tiny
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_base(tmp_path / "base", shards=2)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return tiny.write_adapter(tmp_path / "adapter")
-
-
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.safetensors")}
 

@@ -19,16 +19,6 @@ from dora_tools.cli import main
 from . import tiny
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return tiny.write_base(tmp_path / "base", shards=2)
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return tiny.write_adapter(tmp_path / "adapter")
-
-
 def test_force_does_not_leave_other_weights_to_be_loaded(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
