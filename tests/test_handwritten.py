@@ -165,3 +165,33 @@ def test_every_format_into_every_other(name: str, to: str, tmp_path: Path) -> No
     dt.merge(tmp_path / "converted", base, tmp_path / "out", given=again)
     error, _ = outputs(entry, tmp_path / "out")
     assert error < CLOSE
+
+
+@pytest.mark.parametrize("own_base", [True, False])
+def test_a_sharded_lightning_checkpoint(own_base: bool, tmp_path: Path) -> None:
+    """The layout of Lightning's sharded checkpoints: torch's distributed format, with meta.pt beside it."""
+    from torch.distributed.checkpoint import state_dict_saver as dcp
+
+    entry = ENTRIES["lightning/rasbt-dora/model.ckpt"]
+    saved = torch.load(FIXTURES / entry["checkpoint"], weights_only=True)
+    dcp.save({"state_dict": saved.pop("state_dict")}, checkpoint_id=tmp_path / "run.ckpt", no_dist=True)
+    torch.save(saved, tmp_path / "run.ckpt" / "meta.pt")
+    base = None if own_base else single_file_base(entry, tmp_path)
+    dt.merge(tmp_path / "run.ckpt", base, tmp_path / "out", given=given(entry))
+    assert outputs(entry, tmp_path / "out")[0] < CLOSE
+
+
+def test_hyper_parameters_give_the_number_and_never_the_rule() -> None:
+    with pytest.raises(DoraToolsError, match=r"alpha gives 8, alpha/rank gives 2"):
+        dt.read_adapter(FIXTURES / "lightning/rasbt-dora-objects/model.ckpt")
+    adapter = dt.read_adapter(FIXTURES / "lightning/rasbt-dora-objects/model.ckpt", given=dt.Given(scale_rule="alpha"))
+    assert {u.delta.source for u in adapter.updates} == {"alpha, hyper_parameters.alpha"}  # type: ignore[attr-defined]
+
+
+def test_a_second_network_is_left_out_and_said(tmp_path: Path) -> None:
+    plan = dt.plan_merge(
+        FIXTURES / "lightning/rasbt-dora-company/model.ckpt", None, tmp_path / "out", given=dt.Given(scale_rule="alpha")
+    )
+    said = " ".join(plan.notes)
+    for name in ("loss.weight", "teacher.layers.0.weight", "ema_model.module.layers.0.lora.A"):
+        assert f"left out {name}" in said
