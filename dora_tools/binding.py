@@ -506,10 +506,11 @@ def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, 
         if out != in_:
             may = (conv1d and by_name) or update.transposed or not plan.model_type
             return stored == (in_, out) and bool(may)
-        if conv1d:
+        all_conv1d = plan.model_type in CONV1D_MODELS and not any(isinstance(v, dict) for v in plan.config.values())
+        if conv1d and (by_name or not (all_conv1d and update.transposed)):
             return by_name
         alike = {turn for named, turn in seen if named == by_name}
-        if len(alike) == 1:
+        if len(alike) == 1 and not conv1d:
             return alike == {True}
         if update.transposed and plan.model_type and not by_name:
             raise FitError(

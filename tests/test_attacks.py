@@ -121,9 +121,10 @@ def square(module: str) -> tuple[tiny.Arrays, tiny.Arrays, np.ndarray]:
     ("module", "model_type", "flag", "turned"),
     [
         ("transformer.h.0.attn.c_proj", "gpt2", False, True),
-        ("encoder.layer.0.attention.query", "gpt2", True, False),
+        ("encoder.layer.0.attention.query", "gpt2", False, False),
+        ("encoder.layer.0.attention.query", "gpt2", True, None),
         ("h.0.attn.c_proj", "vision-encoder-decoder", True, True),
-        ("text_model.layers.0.self_attn.q_proj", "clvp", True, False),
+        ("text_model.layers.0.self_attn.q_proj", "clvp", False, False),
         ("model.layers.0.q_proj", "llama", False, False),
         ("model.layers.0.q_proj", "home-made", True, None),
     ],
@@ -274,3 +275,17 @@ def test_unknown_options_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     adapter = tiny.write_adapter(tmp_path / "adapter", brand_new_option=3)
     assert run(tiny.write_base(tmp_path / "base"), adapter, tmp_path / "out") == 0
     assert "does not know: brand_new_option" in capsys.readouterr().err
+
+
+def test_a_linear_layer_beside_gpt2_in_one_model(tmp_path: Path) -> None:
+    """ViT and GPT-2 in one: PEFT's config has a single fan_in_fan_out for both kinds of layers."""
+    linear, first, delta = square("encoder.layer.0.attention.query")
+    conv1d, second, other = square("decoder.h.0.attn.c_proj")
+    config: dict[str, Any] = {"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}
+    base = tiny.write_base(tmp_path / "base", linear | conv1d, **config)
+    adapter = tiny.write_adapter(tmp_path / "adapter", first | second, use_dora=False, fan_in_fan_out=True)
+    assert run(base, adapter, tmp_path / "out") == 0
+    merged = tiny.read_model(tmp_path / "out")
+    for name, change in (("encoder.layer.0.attention.query", delta), ("decoder.h.0.attn.c_proj", other.T)):
+        before = (linear | conv1d)[f"{name}.weight"]
+        np.testing.assert_allclose(merged[f"{name}.weight"] - before, change, atol=1e-5)
