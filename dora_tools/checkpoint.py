@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-from .dtypes import DTYPES, of_torch
+from .dtypes import DTYPES, of_torch, working
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ def ref(checkpoint: Checkpoint, name: str) -> Ref:
 
 def constant(tensor: torch.Tensor, key: str = "") -> Ref:
     """A promise of a tensor that is already there."""
-    return Ref(tuple(tensor.shape), of_torch(tensor.dtype), lambda: tensor, key)
+    dtype = of_torch(tensor.dtype)
+    return Ref(tuple(tensor.shape), dtype, lambda: tensor.to(working(dtype)), key)
 
 
 @dataclass(frozen=True)
@@ -299,10 +300,10 @@ def blocks(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator
         queue.put(None)
 
     workers = [threading.Thread(target=run, daemon=True) for _ in range(max(1, threads))]
-    for worker in workers:
-        worker.start()
     running = len(workers)
-    try:
+    try:  # from here on an interrupt finds every thread that was started, and waits for it
+        for worker in workers:
+            worker.start()
         while running:
             done = queue.get()
             if done is None:
@@ -314,7 +315,8 @@ def blocks(items: Iterable[T], work: Callable[[T], R], threads: int) -> Iterator
     finally:
         stop.set()
         for worker in workers:
-            worker.join()
+            if worker.ident is not None:
+                worker.join()
         torch_module = sys.modules.get("torch")
         if torch_module is not None:  # a worker's one-thread setting is also the default of threads to come: undo that
             torch_module.set_num_threads(torch_module.get_num_threads())

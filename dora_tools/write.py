@@ -298,7 +298,8 @@ class _Worker:
             values = self._checkpoint.read(name, item.first, item.last, out)
         else:
             values = self._checkpoint.read(name, item.first, item.last)
-            kept[working(info.dtype)] = values.reshape(-1)
+            # a buffer of our own for the next time: what was read may be somebody's tensor
+            kept[working(info.dtype)] = torch.empty(count, dtype=working(info.dtype), device=values.device)
         target = TensorInfo(dtype, info.shape, width=info.width)
         size, at = target.bytes_of(count), item.at + target.bytes_of(item.first * info.width)
         raw = getattr(self._local, "raw", None)

@@ -217,3 +217,17 @@ def test_literal_files_and_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "the umask decides, not the library"
     assert np.all([p.suffix != ".part" for p in (tmp_path / "out").rglob("*")])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tensors_in_memory_are_not_written_over(tmp_path: Path, threads: int) -> None:
+    """What is read from memory is somebody's tensor: neither its values nor its precision may end up in a buffer."""
+    half = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).half()
+    whole = {f"w{i}": torch.randn(32, 64, generator=torch.Generator().manual_seed(i)) for i in range(8)}
+    tensors = {"a": half, **whole}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    memory = Tensors({name: constant(tensor) for name, tensor in tensors.items()})
+    layout = Layout(lay_out(memory, file="m.safetensors", dtypes={name: "F32" for name in tensors}))
+    write(memory, layout, tmp_path / "out", threads=threads)
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+    assert all(torch.equal(t, before[n].float()) for n, t in load_file(tmp_path / "out" / "m.safetensors").items())
