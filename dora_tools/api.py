@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -334,8 +335,6 @@ def plan_merge(
     ``base`` None: the base that the adapter's file brings with it, or the model that it names. ``out``: a directory, or
     for a base that is one file also a ``.safetensors`` file. Raises any error of ``errors``.
     """
-    import os
-
     if not str(out) or base == "":
         raise UsageError(f"{'OUT' if not str(out) else 'BASE'} is empty: is a shell variable not set?")
     limit = bytes_of(max_shard_size) if max_shard_size is not None else None
@@ -345,6 +344,8 @@ def plan_merge(
         own = [i.base for i in inputs if i.base is not None]
         if not own and not names:
             raise UsageError("The adapter does not name its base model; give it with --base.")
+        if len(own) > 1:
+            raise UsageError("Several of the files hold a whole model; say which one to merge into with --base.")
         if not own and len(set(names)) > 1:
             raise UsageError(
                 f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base."

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import cached_property
 from math import prod
 from typing import Any
 
 from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Toward, Unchanged, Update
-from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, names_near, overlay, tiles
+from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, overlay, tiles
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
 from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, MOVED, ON_DISK, TASK_HEADS, always_tied, ties_of
@@ -37,12 +38,16 @@ class Bound:
 
 @dataclass(frozen=True)
 class Binding:
-    """The base as a view, the updates of each of its tensors, and the edited config (None: as it was)."""
+    """The base as a view, the updates of each of its tensors, and the edited config (None: as it was).
+
+    ``saved``: what the adapter brings whole, whether it replaces a tensor of the base or is added.
+    """
 
     base: Checkpoint
     bound: Mapping[str, tuple[Bound, ...]]
     replaced: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
+    saved: frozenset[str] = frozenset()
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
@@ -137,6 +142,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding
         bound,
         tuple(name for name in plan.replaced if name not in added),
         added,
+        frozenset(plan.replaced),
         plan.config if plan.config != original else None,
         tuple(plan.notes),
     )
@@ -225,7 +231,7 @@ def _unplaced_sentence(unplaced: list[str], total: int, plan: _Plan) -> str:
     if packed:
         hint = f"The base has {packed} there, which is not a plain weight"
     else:
-        near = names_near(first, list(base.tensors))
+        near = get_close_matches(first, list(base.tensors), n=3, cutoff=0.5)
         hint = f"The nearest names in the base are {', '.join(near)}" if near else "Nothing in the base has such a name"
     more = f" (and {', '.join(unplaced[1:3])}{', …' if len(unplaced) > 3 else ''})" if len(unplaced) > 1 else ""
     return (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -332,10 +332,3 @@ def single_threaded() -> None:
 
         torch.set_num_threads(1)
         _thread.single = True
-
-
-def names_near(name: str, known: Sequence[str], count: int = 3) -> list[str]:
-    """The names most like ``name``, for error messages."""
-    from difflib import get_close_matches
-
-    return get_close_matches(name, known, n=count, cutoff=0.5)

@@ -3,7 +3,6 @@
 ::
 
     DoraToolsError                 1
-    ├── CheckFailed                1   a check that was asked for did not hold
     ├── UsageError                 2   the request contradicts itself
     ├── InputError                 3   an input is unreadable, unrecognised or hostile
     │   └── UnsupportedError       3   it is recognised, and named, and not supported
@@ -22,10 +21,6 @@ class DoraToolsError(Exception):
     """Base of all errors that dora-tools raises on purpose."""
 
     exit_code = 1
-
-
-class CheckFailed(DoraToolsError):
-    """A check that the user asked for did not hold."""
 
 
 class UsageError(DoraToolsError):

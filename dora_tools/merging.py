@@ -20,7 +20,7 @@ from .adapter import Axis, Kernel, Magnitude, loaded
 from .binding import Binding, Bound
 from .checkpoint import Checkpoint, Span, TensorInfo, blocks, single_threaded, tiles
 from .dtypes import encode, to_torch, working
-from .errors import FitError, ResourceError
+from .errors import FitError, InputError, ResourceError
 from .lowrank import column_squares, factors, row_norms
 
 _KEPT = 8  # tensors whose kernels stay loaded: those in work on the threads, and a few to come
@@ -115,7 +115,13 @@ class Merged:
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         if name not in self._binding.bound:
-            return self._base.read(name, start, stop, out)
+            values = self._base.read(name, start, stop, out)
+            if self._check and name in self._binding.saved and not bool(values.isfinite().all()):
+                raise InputError(
+                    f"{name}, which the adapter saved whole, holds NaN or Inf: the training diverged or the file is "
+                    "damaged. Use an earlier checkpoint; --allow-nonfinite merges it all the same."
+                )
+            return values
         info = self.tensors[name]
         stop = info.rows if stop is None else stop
         dtype = working(info.dtype)

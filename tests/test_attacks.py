@@ -289,3 +289,20 @@ def test_a_linear_layer_beside_gpt2_in_one_model(tmp_path: Path) -> None:
     for name, change in (("encoder.layer.0.attention.query", delta), ("decoder.h.0.attn.c_proj", other.T)):
         before = (linear | conv1d)[f"{name}.weight"]
         np.testing.assert_allclose(merged[f"{name}.weight"] - before, change, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "score.weight"])
+def test_tensors_saved_whole_are_checked_too(tmp_path: Path, name: str, value: float) -> None:
+    shape = {"model.norm.weight": (8,), "lm_head.weight": (16, 8), "score.weight": (3, 8)}[name]
+    saved = np.ones(shape, np.float32)
+    saved.flat[3] = value
+    adapter = tiny.write_adapter(
+        tmp_path / "adapter",
+        tiny.adapter_arrays() | {f"base_model.model.{name}": saved},
+        modules_to_save=[name.removesuffix(".weight").rpartition(".")[2]],
+    )
+    base = tiny.write_base(tmp_path / "base", tie_word_embeddings=False)
+    assert run(base, adapter, tmp_path / "out") == 3
+    assert not (tmp_path / "out").exists()
+    assert run(base, adapter, tmp_path / "out", "--allow-nonfinite") == 0

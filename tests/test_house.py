@@ -105,3 +105,11 @@ def test_quick_commands_import_nothing_heavy(arguments: list[str], absent: tuple
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_offers_the_scale_rules_that_there_are() -> None:
+    """It has its own list, so that --help need not import the formats."""
+    from dora_tools.cli import options
+    from dora_tools.formats import SCALE_RULES
+
+    assert list(SCALE_RULES) == options._RULES

@@ -49,7 +49,7 @@ def cli() -> None:
     ADAPTER and BASE are a directory, a file, or a hub id org/name[@revision].
 
     \b
-    Exit codes: 0 ok · 1 a check failed · 2 usage (options, an OUT that exists) ·
+    Exit codes: 0 ok · 1 a bug · 2 usage (options, an OUT that exists) ·
     3 input unreadable, unrecognised or hostile · 4 adapter and base do not fit ·
     5 the target cannot hold this · 6 disk, memory, device, network · 130 interrupted.
     DORA_TOOLS_DEBUG=1 shows the traceback of an error.
