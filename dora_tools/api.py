@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import companions, containers, formats, hub
-from .adapter import Adapter
+from .adapter import Adapter, LowRank, Unchanged
 from .binding import Binding, bind
 from .checkpoint import Checkpoint, Deferred, plain
 from .containers.safetensors import lay_out
@@ -85,12 +87,18 @@ def convert(
     format: str | None = None,
     given: Given | None = None,
     force: bool = False,
+    base: BaseLike | None = None,
 ) -> tuple[str, ...]:
     """An adapter in another tool's format; returns notes: what was unusual, left aside, or must be known to use it.
 
-    Raises InputError for what cannot be read and TargetError for what ``to`` cannot hold.
+    ``base``: the model it was trained on, for formats that leave the kind of a layer to it. Raises InputError for what
+    cannot be read and TargetError for what ``to`` cannot hold.
     """
-    reading, place = _read(path, format, given)
+    check_format(format)
+    check_format(to)
+    reading, place = _read(path, format, _with_base(given, base))
+    if reading.doubt:
+        raise InputError(reading.doubt)
     left = tuple(f"left out {name}: {why}" for name, why in reading.left_out.items())
     return (*reading.adapter.notes, *left, *write_adapter(reading.adapter, out, to, force, [place]))
 
@@ -106,7 +114,7 @@ def inspect(
 
     With ``base``, also where each module goes, refused as a merge would be; ``stats`` reads the values.
     """
-    reading, _ = _read(path, format, given)
+    reading, _ = _read(path, format, _with_base(given, base))
     placed: dict[str, str] = {}
     if base is not None:
         binding = bind([(reading.adapter, 1.0)], _base(base))
@@ -114,12 +122,32 @@ def inspect(
     return summarise(reading.adapter, str(path), reading.left_out, stats, placed)
 
 
+def check_format(name: str | None) -> bool:
+    """Run the self-test of a user's table (``FILE.toml``), which is also done before it is used. False without one.
+
+    Raises InputError with what differs, UsageError for an unknown name.
+    """
+    format = formats.named(name) if name is not None and name.endswith(".toml") else None
+    if name is None or format is None or format.example is None:
+        return False
+    from .selftest import check
+
+    check(format, format.example, name)
+    return True
+
+
 def suggest_format(path: str | Path) -> str:
     """A starter table (TOML) for an adapter of unknown format: see ``formats.table``. Raises InputError."""
-    from .formats.table import suggest
+    from .formats.table.starter import suggest
 
     place = hub.resolve(path, "adapter")
     return suggest(containers.open_checkpoint(place), place.stem)
+
+
+def _with_base(given: Given | None, base: BaseLike | None) -> Given:
+    """``given`` with the base to ask, which is opened only if a reader does."""
+    given = given or Given()
+    return replace(given, base=cache(lambda: _base(base))) if base is not None else given
 
 
 def _base(base: BaseLike) -> Checkpoint:
@@ -148,7 +176,7 @@ def _adapters(
             inputs.append(_Input(one, s))
         else:
             reading, place = _read(one, format, given)
-            inputs.append(_Input(reading.adapter, s, str(one), place, reading.left_out, reading.base))
+            inputs.append(_Input(reading.adapter, s, str(one), place, reading.left_out, reading.base, reading.merged))
     return inputs
 
 
@@ -160,12 +188,19 @@ class _Input:
     place: Path | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     base: Checkpoint | None = None
+    merged: bool | None = False
+
+    def scaling(self) -> list[dict[str, Any]]:
+        """Every scaling in the adapter, where it came from, and how many modules have it."""
+        low = [update.delta for update in self.adapter.updates if isinstance(update.delta, LowRank)]
+        counts = Counter((delta.scaling, delta.source) for delta in low)
+        return [{"value": s, "source": source, "modules": n} for (s, source), n in counts.items()]
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the files that the adapter was read from."""
         if self.place is None:
             return {}
-        names = (*containers.ADAPTER_FILES, "adapter_config.json")
+        names = (*containers.ADAPTER_FILES, containers.TRAINED_BESIDE, "adapter_config.json")
         files = [self.place / n for n in names if (self.place / n).is_file()] if self.place.is_dir() else [self.place]
         return {path.name: _sha256(path) for path in files}
 
@@ -303,7 +338,13 @@ class MergePlan:
                     "files": base_files,
                 },
                 "adapters": [
-                    {"name": i.name, "format": i.adapter.format, "strength": i.strength, "sha256": i.digests()}
+                    {
+                        "name": i.name,
+                        "format": i.adapter.format,
+                        "strength": i.strength,
+                        "scaling": i.scaling(),
+                        "sha256": i.digests(),
+                    }
                     for i in self.inputs
                 ],
                 "options": self.options,
@@ -338,7 +379,8 @@ def plan_merge(
     if not str(out) or base == "":
         raise UsageError(f"{'OUT' if not str(out) else 'BASE'} is empty: is a shell variable not set?")
     limit = bytes_of(max_shard_size) if max_shard_size is not None else None
-    inputs = _adapters(adapter, strength, format, given)
+    check_format(format)
+    inputs = _adapters(adapter, strength, format, _with_base(given, base))
     names = [i.adapter.base_model for i in inputs if i.adapter.base_model]
     if base is None:
         own = [i.base for i in inputs if i.base is not None]
@@ -351,7 +393,7 @@ def plan_merge(
                 f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base."
             )
         if own:  # what the file holds whole is that base already
-            inputs = [replace(i, adapter=replace(i.adapter, replaced={})) if i.base is own[0] else i for i in inputs]
+            inputs = [_into_its_own(i) if i.base is own[0] else i for i in inputs]
         base = own[0] if own else names[0]
     try:
         place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
@@ -429,6 +471,22 @@ def plan_merge(
     return MergePlan(
         folder, binding, layout, free, worker_count, result, tuple(inputs), base_name, options, with_card, notes
     )
+
+
+def _into_its_own(item: _Input) -> _Input:
+    """The adapter of a file that is also the base: its trained tensors are there, and maybe its update."""
+    if item.merged is None:
+        raise InputError(
+            f"{item.name}: such layers add the update to their own weights when they are put in eval mode, and the "
+            "file does not say in which mode it was saved. If after model.eval(), say --saved-in eval (the weights "
+            "are taken as they are); if while training, --saved-in train; or give the original --base."
+        )
+    adapter = replace(item.adapter, replaced={})
+    if item.merged:
+        as_it_is = tuple(replace(u, delta=Unchanged(u.delta.shape), magnitude=None) for u in adapter.updates)
+        note = "The file was saved in eval mode, so its weights hold the update already; they are taken as they are."
+        adapter = replace(adapter, updates=as_it_is, notes=(*adapter.notes, note))
+    return replace(item, adapter=adapter)
 
 
 def _files_in(place: Path) -> list[Path]:

@@ -19,7 +19,8 @@ from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Toward, Unch
 from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, overlay, tiles
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
-from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, MOVED, ON_DISK, TASK_HEADS, always_tied, ties_of
+from .names.places import Places
+from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, TASK_HEADS, always_tied, ties_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +77,8 @@ class _Plan:
         return kind if isinstance(kind, str) else ""
 
     @cached_property
-    def moved(self) -> bool:
-        """Whether the base has its language model where older files of multimodal models have it."""
-        return any(name.startswith(MOVED[0][1]) for name in self.base.tensors)
-
-    def spelled(self, name: str) -> str:
-        """A name of the model at run time as this base spells it: moved, or without the model's prefix."""
-        known = self.base.tensors
-        name = ON_DISK.get(self.model_type, {}).get(name, name)
-        moves = MOVED if self.moved else ()
-        moved = next((old + name.removeprefix(new) for new, old in moves if name.startswith(new)), name)
-        return next((n for n in (name, moved, name.partition(".")[2]) if n and n in known), moved)
+    def places(self) -> Places:
+        return Places(self.base.tensors, self.model_type)
 
     @property
     def ties(self) -> dict[str, str] | None:
@@ -96,7 +88,7 @@ class _Plan:
         ties = ties_of(self.architecture, self.task)
         if ties is None:
             return None
-        pairs = {self.spelled(tied): self.spelled(source) for tied, source in ties.items()}
+        pairs = {self.places.spelled(tied): self.places.spelled(source) for tied, source in ties.items()}
         known = self.base.tensors  # a file may hold either end
         return {
             t if s in known or t not in known else s: s if s in known or t not in known else t for t, s in pairs.items()
@@ -156,20 +148,14 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
     plan.task = adapter.task or plan.task
     weights = {update.module: f"{update.module}.weight" for update in adapter.updates}
     heads = set() if plan.tied_off else (plan.ties or {}).keys()
-    names = [*weights.values(), *adapter.replaced]
-    moved = all(plan.spelled(name) in known or plan.spelled(name) in heads for name in names)
-    rename = ("", "") if moved else _prefix_rule(names, known)
-    if rename != ("", ""):
-        plan.notes.append(f"Names: the adapter's '{rename[0]}…' is the base's '{rename[1]}…'.")
-
-    def place(name: str) -> str:
-        renamed = rename[1] + name.removeprefix(rename[0]) if name.startswith(rename[0]) else name
-        return next((n for n in (renamed, name) if n in known), plan.spelled(name))
+    rule = plan.places.rule(list(weights.values()), list(adapter.replaced), heads)
+    if rule != ("", ""):
+        plan.notes.append(f"Names: the adapter's '{rule[0]}…' is the base's '{rule[1]}…'.")
 
     unplaced: list[str] = []
     placed: dict[str, str] = {}
     for update in adapter.updates:
-        name = place(weights[update.module])
+        name = plan.places.place(weights[update.module], rule)
         if name not in known and name not in heads:
             unplaced.append(name)
         if name in placed:
@@ -186,8 +172,11 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
             delta = Dense(update.bias.reshape(-1, 1))
             plan.updates.setdefault(bias, []).append((Update(update.module, delta), strength))
     for original, replacement in adapter.replaced.items():
-        name = place(original)
+        name = plan.places.place(original, rule)
         of_task = bool(TASK_HEADS & {*name.split(".")}) and not replacement.shared
+        if replacement.shared and name not in known and not original.startswith(rule[0]):
+            plan.notes.append(f"left out {original}: not in the adapted network ({rule[0]}…).")
+            continue
         if name not in known and name not in heads and not of_task:
             unplaced.append(name)
             continue
@@ -238,56 +227,6 @@ def _unplaced_sentence(unplaced: list[str], total: int, plan: _Plan) -> str:
         f"{len(unplaced)} of the adapter's {total} tensors and modules have no place in the base: {first}{more}. "
         f"{hint}. Is this the right base model?{plan.trained_on}"
     )
-
-
-def _prefix_rule(names: Sequence[str], known: Mapping[str, TensorInfo]) -> tuple[str, str]:
-    """The one prefix that is dropped and the one that is put in its place, so that the most names meet a tensor.
-
-    Names as they are win over every rule. Raises FitError where two rules fit equally well.
-    """
-    if all(name in known for name in names):
-        return "", ""
-    by_end: dict[str, list[str]] = {}
-    for name in known:
-        by_end.setdefault(".".join(name.split(".")[-2:]), []).append(name)
-    samples = sorted(names)[:: max(1, len(names) // 8)]
-    rules = {("", "")}
-    for sample in samples:
-        segments = sample.split(".")
-        for cut in range(len(segments) - 1):
-            rest = ".".join(segments[cut:])
-            drop = ".".join(segments[:cut]) + "." * bool(cut)
-            for found in by_end.get(".".join(segments[-2:]), ()):
-                if found == rest or found.endswith(f".{rest}"):
-                    rules.add((drop, found.removesuffix(rest)))
-    moves = {*((a, b) for a, b in MOVED), *((b, a) for a, b in MOVED), ("model.", "model.language_model.")}
-    moves |= {
-        ("model.language_model.", "model."),
-        ("model.", "language_model.model."),
-        ("language_model.model.", "model."),
-    }
-    rules = {
-        (drop, add) for drop, add in rules if (drop, add) == ("", "") or not drop or not add or (drop, add) in moves
-    }
-
-    def met(rule: tuple[str, str]) -> frozenset[str]:
-        drop, add = rule
-        renamed = (add + name.removeprefix(drop) for name in names if name.startswith(drop))
-        return frozenset(name for name in renamed if name in known)
-
-    scores = {rule: met(rule) for rule in rules}
-    most = max(len(found) for found in scores.values())
-    best = sorted((rule for rule, found in scores.items() if len(found) == most), key=lambda r: (len(r[0]), len(r[1])))
-    if ("", "") in best:
-        return "", ""
-    if len({scores[rule] for rule in best}) > 1:
-        a = best[0]
-        b = next(rule for rule in best if scores[rule] != scores[a])
-        raise FitError(
-            f"The adapter's names fit the base in two ways: '{a[0]}…' as '{a[1]}…' and '{b[0]}…' as '{b[1]}…'. "
-            "Which part of the model was it trained on?"
-        )
-    return best[0]
 
 
 def _refuse_unknown_ties(plan: _Plan) -> None:

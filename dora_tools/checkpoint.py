@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -151,6 +151,19 @@ def constant(tensor: torch.Tensor, key: str = "") -> Ref:
     """A promise of a tensor that is already there."""
     dtype = of_torch(tensor.dtype)
     return Ref(tuple(tensor.shape), dtype, lambda: tensor.to(working(dtype)), key)
+
+
+def assembled(shape: tuple[int, int], pieces: Sequence[tuple[Ref, int, int]]) -> Ref:
+    """A promise of a matrix of zeros with smaller matrices put in, each at its row and column."""
+
+    def fetch() -> torch.Tensor:
+        values = [(promise.load(), row, column) for promise, row, column in pieces]
+        whole = values[0][0].new_zeros(shape)
+        for part, row, column in values:
+            whole[row : row + part.shape[0], column : column + part.shape[1]] = part
+        return whole
+
+    return Ref(shape, pieces[0][0].dtype, fetch, pieces[0][0].key)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def resolve(spec: str | Path, role: Literal["adapter", "base"]) -> Path:
     name, _, revision = text.partition("@")
     from huggingface_hub import errors, snapshot_download
 
-    weights = ["adapter_model.safetensors"] if role == "adapter" else ["*.safetensors"]
+    weights = ["adapter_model.safetensors", "non_lora_trainables.bin"] if role == "adapter" else ["*.safetensors"]
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=_SMALL + weights,
                                         ignore_patterns=_FOREIGN))  # fmt: skip

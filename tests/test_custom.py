@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_tools.cli import main
 from dora_tools.errors import InputError
-from dora_tools.formats.table import parse
+from dora_tools.formats.table.syntax import parse
 
 README = Path(__file__).parent.parent / "README.md"
 TABLES = {

@@ -7,6 +7,7 @@ forward pass, recorded there, and the plain network of ``networks.py`` that load
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import networks
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dora_tools as dt
 from dora_tools.cli import main
@@ -30,22 +31,19 @@ def entries() -> dict[str, dict[str, Any]]:
 
 
 ENTRIES = entries()
-# not read yet: refused, never misread (test_what_is_not_read_yet_is_refused)
-PENDING = {
-    name
-    for name, e in ENTRIES.items()
-    if e["format"] == "loralib" or "minlora-zoo" in name or "nvlabs-llava/final" in name
-}
 CLOSE = 3e-6  # float32 forward passes of two networks that compute in different orders: 2.1e-6 at most was seen
-GOOD = [name for name, e in ENTRIES.items() if not e["refuse"] and name not in PENDING]
-REFUSED = [name for name, e in ENTRIES.items() if e["refuse"] and name not in PENDING]
+ON_EVAL = [name for name, e in ENTRIES.items() if e["format"] == "loralib" and e["contents"] == "full"]
+GOOD = [name for name, e in ENTRIES.items() if not e["refuse"] or name in ON_EVAL]
+REFUSED = [name for name, e in ENTRIES.items() if e["refuse"] and name not in ON_EVAL]
 
 
 def given(entry: dict[str, Any]) -> dt.Given:
     needs = entry["needs"]
     rule = RULES[needs["rule"]] if "rule" in needs else None
     square = "square" in entry["name"] and entry["contents"] == "adapter" and entry["format"] == "rasbt-dora"
-    return dt.Given(alpha=needs.get("alpha"), scale_rule=rule, magnitude_axis="in" if square else None)
+    flags = {module: tuple(on) for module, on in needs.get("enable_lora", {}).items()}
+    axis: Any = "in" if square else None
+    return dt.Given(alpha=needs.get("alpha"), scale_rule=rule, magnitude_axis=axis, enable_lora=flags)
 
 
 def outputs(entry: dict[str, Any], folder: Path) -> tuple[float, float]:
@@ -80,23 +78,29 @@ def test_merged_into_its_base(name: str, tmp_path: Path) -> None:
     assert control > 0.01
 
 
-@pytest.mark.parametrize("name", [n for n in GOOD if ENTRIES[n]["contents"] == "full" and "peft" not in n])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in GOOD if ENTRIES[n]["contents"] == "full" and "peft" not in n and n not in ON_EVAL],
+)
 def test_a_mixed_checkpoint_is_its_own_base(name: str, tmp_path: Path) -> None:
     dt.merge(FIXTURES / name, None, tmp_path / "out", given=given(ENTRIES[name]))
     error, _ = outputs(ENTRIES[name], tmp_path / "out")
     assert error < CLOSE
 
 
+@pytest.mark.parametrize("name", ON_EVAL)
+def test_layers_that_merge_on_eval_are_not_merged_twice(name: str, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    mode: Any = "eval" if "eval" in name else "train"
+    with pytest.raises(DoraToolsError, match="--saved-in eval"):
+        dt.merge(FIXTURES / name, None, tmp_path / "out", given=given(entry))
+    assert not (tmp_path / "out").exists()
+    dt.merge(FIXTURES / name, None, tmp_path / "out", given=replace(given(entry), saved_in=mode))
+    assert outputs(entry, tmp_path / "out")[0] < CLOSE
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str, tmp_path: Path) -> None:
-    entry = ENTRIES[name]
-    with pytest.raises(DoraToolsError):
-        dt.merge(FIXTURES / name, single_file_base(entry, tmp_path), tmp_path / "out", given=given(entry))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", sorted(PENDING))
-def test_what_is_not_read_yet_is_refused(name: str, tmp_path: Path) -> None:
     entry = ENTRIES[name]
     with pytest.raises(DoraToolsError):
         dt.merge(FIXTURES / name, single_file_base(entry, tmp_path), tmp_path / "out", given=given(entry))
@@ -114,24 +118,39 @@ def test_a_missing_scale_is_asked_for(name: str, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("name", [n for n in GOOD if ENTRIES[n]["axis"] != "in"])
 def test_converted_to_peft_it_merges_to_the_same(name: str, tmp_path: Path) -> None:
-    entry = ENTRIES[name]
-    scaled_bias = entry["scaled_bias"]
-    if scaled_bias or "nvlabs" in name:
+    entry, base = ENTRIES[name], single_file_base(ENTRIES[name], tmp_path)
+    if entry["scaled_bias"] or "nvlabs" in name:
         with pytest.raises(DoraToolsError):
-            dt.convert(FIXTURES / name, tmp_path / "peft", "peft", given=given(entry))
+            dt.convert(FIXTURES / name, tmp_path / "peft", "peft", given=given(entry), base=base)
         return
-    dt.convert(FIXTURES / name, tmp_path / "peft", "peft", given=given(entry))
-    dt.merge(tmp_path / "peft", single_file_base(entry, tmp_path), tmp_path / "out")
-    error, _ = outputs(entry, tmp_path / "out")
-    assert error < CLOSE
+    dt.convert(FIXTURES / name, tmp_path / "peft", "peft", given=given(entry), base=base)
+    dt.merge(tmp_path / "peft", base, tmp_path / "out")
+    assert outputs(entry, tmp_path / "out")[0] < CLOSE
+
+
+@pytest.mark.parametrize("name", [n for n in GOOD if "loralib" in n])
+def test_what_only_the_base_tells_is_not_guessed(name: str, tmp_path: Path) -> None:
+    entry = ENTRIES[name]
+    if entry["contents"] != "full":
+        with pytest.raises(DoraToolsError, match="--base"):
+            dt.convert(FIXTURES / name, tmp_path / "peft", "peft", given=given(entry))
+    if "enable_lora" in entry["needs"]:
+        with pytest.raises(DoraToolsError, match="--enable-lora"):
+            dt.merge(FIXTURES / name, single_file_base(entry, tmp_path), tmp_path / "out", given=dt.Given(alpha=8))
 
 
 @pytest.mark.parametrize("name", [n for n in GOOD if n.endswith("rasbt-dora-square/adapter.pt")])
 def test_square_layers_alone_are_not_guessed(name: str, tmp_path: Path) -> None:
-    entry = ENTRIES[name]
-    base = single_file_base(entry, tmp_path)
+    """Without the base it is asked for; the base's column norms tell."""
+    entry, alpha = ENTRIES[name], dt.Given(alpha=8, scale_rule="alpha")
     with pytest.raises(DoraToolsError, match="--magnitude-axis in"):
-        dt.merge(FIXTURES / name, base, tmp_path / "out", given=dt.Given(alpha=8, scale_rule="alpha"))
+        dt.read_adapter(FIXTURES / name, given=alpha)
+    dt.merge(FIXTURES / name, single_file_base(entry, tmp_path), tmp_path / "out", given=alpha)
+    assert outputs(entry, tmp_path / "out")[0] < CLOSE
+    other = {k: torch.ones_like(v) for k, v in load_file(FIXTURES / entry["base"]).items()}
+    save_file(other, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(DoraToolsError, match="--magnitude-axis in"):
+        dt.merge(FIXTURES / name, tmp_path / "base", tmp_path / "out2", given=alpha)
 
 
 # which magnitudes a format can hold: one per output, one per input, none
@@ -143,8 +162,11 @@ HOLDS: dict[str, set[str | None]] = {
     "rasbt-lora": {None},
     "fsdp-lora": {None},
     "minlora": {None},
+    "loralib": {None},
 }
-TARGETS = ["peft", "rasbt-lora", "rasbt-dora", "catid", "fsdp-lora", "fsdp-qdora", "minlora", "nvlabs"]
+# kinds of layers besides linear ones
+KINDS = {"peft": {"embedding", "conv"}, "minlora": {"embedding", "conv"}, "loralib": {"embedding"}}
+TARGETS = [*HOLDS, "fsdp-qdora"]
 SOURCES = [n for n in GOOD if ENTRIES[n]["contents"] == "adapter" and "nvlabs" not in n and "square" not in n]
 
 
@@ -155,12 +177,13 @@ def test_every_format_into_every_other(name: str, to: str, tmp_path: Path) -> No
     entry = ENTRIES[name]
     base = single_file_base(entry, tmp_path)
     can = to == "fsdp-qdora" if entry["scaled_bias"] else entry["axis"] in HOLDS.get(to, set())
-    if not can:
+    zoo = {"embedding", "conv"} if entry["network"]["kind"] == "zoo" else set()
+    if not can or not zoo <= KINDS.get(to, set()):
         with pytest.raises(DoraToolsError):
-            dt.convert(FIXTURES / name, tmp_path / "converted", to, given=given(entry))
+            dt.convert(FIXTURES / name, tmp_path / "converted", to, given=given(entry), base=base)
         assert not (tmp_path / "converted").exists()
         return
-    notes = dt.convert(FIXTURES / name, tmp_path / "converted", to, given=given(entry))
+    notes = dt.convert(FIXTURES / name, tmp_path / "converted", to, given=given(entry), base=base)
     again = dt.Given(scaling=1.0) if any("scaling of 1" in note for note in notes) else dt.Given()
     dt.merge(tmp_path / "converted", base, tmp_path / "out", given=again)
     error, _ = outputs(entry, tmp_path / "out")

@@ -21,7 +21,7 @@ FLOORS = [
     {"layout", "names"},
     {"binding", "formats", "containers"},
     {"merging", "write", "companions"},
-    {"summary", "hub"},
+    {"summary", "hub", "selftest"},
     {"api"},
     {"cli"},
     {"__main__"},

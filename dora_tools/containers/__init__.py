@@ -21,6 +21,7 @@ BASE_FILES = (
     "pytorch_model.bin",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TRAINED_BESIDE = "non_lora_trainables.bin"  # LLaVA's training scripts: what else was trained, in a file of its own
 _DOCUMENTS = {"config": "config.json", "adapter_config": "adapter_config.json"}
 
 
@@ -35,7 +36,11 @@ def open_checkpoint(path: Path, patterns: Iterable[str] = (*ADAPTER_FILES, *BASE
 
         if dcp.is_dcp(path):
             return _joined([dcp.open_dcp(path)], _documents(path))
-        return _open_file(_choose(path, patterns), path)
+        chosen = _choose(path, patterns)
+        beside = path / TRAINED_BESIDE
+        if chosen.name in ADAPTER_FILES and beside.is_file():
+            return _joined([_open_file(file, path) for file in (chosen, beside)], _documents(path))
+        return _open_file(chosen, path)
     if not path.exists():
         raise InputError(f"{path} does not exist.")
     return _open_file(path, path.parent)
@@ -93,6 +98,9 @@ def _is_pickle(path: Path) -> bool:
 def _joined(parts: Iterable[Checkpoint], documents: Mapping[str, Any]) -> Checkpoint:
     """Several checkpoints as one."""
     parts = list(parts)
+    twice = [name for i, part in enumerate(parts) for name in part.tensors if any(name in p.tensors for p in parts[:i])]
+    if twice:
+        raise InputError(f"{len(twice)} tensors are in two of the files (first: {twice[0]}); which one counts?")
     sources = {name: (part, name) for part in parts for name in part.tensors}
     metadata: dict[str, Any] = {key: value for part in parts for key, value in part.metadata.items()}
     tensors = {name: info for part in parts for name, info in part.tensors.items()}

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..adapter import Adapter, Axis
-from ..checkpoint import Checkpoint, plain
+from ..checkpoint import Checkpoint, View, plain
 from ..errors import InputError, UsageError
 
 SCALE_RULES = ("alpha", "alpha/rank", "rslora", "one")
@@ -25,13 +25,22 @@ SCALE_RULES = ("alpha", "alpha/rank", "rslora", "one")
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the user says of a file that it does not record: alpha and the rule, or the scaling itself; m's axis."""
+    """What the user says of a file that it does not record: alpha and the rule, or the scaling itself; m's axis.
+
+    ``enable_lora``: which parts of a fused layer have factors, by the end of its path ("" for all). ``saved_in``: the
+    mode of layers that merge themselves on eval. ``prefix``: what stands before the adapted network's names. ``base``
+    opens the base, for what only its shapes tell. ``inside``: the format inside a wrapper.
+    """
 
     alpha: float | None = None
     scaling: float | None = None
     scale_rule: str | None = None
     magnitude_axis: Axis | None = None
-    inside: str | None = None  # the format inside a wrapper
+    enable_lora: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    saved_in: Literal["train", "eval"] | None = None
+    prefix: str = ""
+    base: Callable[[], Checkpoint] | None = None
+    inside: str | None = None
 
     def __post_init__(self) -> None:
         if self.scale_rule not in (None, *SCALE_RULES):
@@ -44,11 +53,36 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a reader made of a file: the adapter, the base that came with it, and the names left aside, with why."""
+    """What a reader made of a file: the adapter, the base that came with it, and the names left aside, with why.
+
+    ``merged``: whether that base holds the update already; None where nobody can tell. ``doubt``: a sentence on what
+    only the base can tell, of a file that was read without one.
+    """
 
     adapter: Adapter
     left_out: Mapping[str, str] = field(default_factory=dict)
     base: Checkpoint | None = None
+    merged: bool | None = False
+    doubt: str = ""
+
+    def within(self, prefix: str) -> Reading:
+        """The network whose names begin with ``prefix``, without it; what is outside is left out."""
+        adapter, base = self.adapter, self.base
+        names = [*adapter.replaced, *(base.tensors if base else ()), *(u.module + "." for u in adapter.updates)]
+        outside = {n.rstrip("."): f"not in the adapted network ({prefix}…)" for n in names if not n.startswith(prefix)}
+        updates = tuple(replace(u, module=u.module.removeprefix(prefix)) for u in adapter.updates
+                        if u.module.startswith(prefix))  # fmt: skip
+        replaced = {n.removeprefix(prefix): r for n, r in adapter.replaced.items() if n.startswith(prefix)}
+        if base is not None:
+            inside = [name for name in base.tensors if name.startswith(prefix)]
+            base = View(
+                {name.removeprefix(prefix): (base, name) for name in inside},
+                {name.removeprefix(prefix): base.tensors[name] for name in inside},
+                base.metadata,
+            )
+        note = f"The network is the checkpoint's '{prefix}…'; its names are given without that."
+        named = replace(adapter, updates=updates, replaced=replaced, notes=(*adapter.notes, note))
+        return replace(self, adapter=named, left_out={**self.left_out, **outside}, base=base)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +96,25 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
+class Example:
+    """Numbers that a format must reproduce: an adapter's tensors, a base (if not among them), the merged weights.
+
+    Tensors are nested lists; ``given`` are options of Given; ``hparams`` and ``config`` stand beside the tensors.
+    """
+
+    tensors: Mapping[str, Any]
+    base: Mapping[str, Any]
+    merged: Mapping[str, Any]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Format:
     """One dialect. ``sniff`` looks at names and config only; ``read`` raises InputError; ``write`` TargetError.
 
-    ``unwraps``: it takes a wrapper off and hands what is inside back to detection.
+    ``unwraps``: it takes a wrapper off and hands what is inside back to detection. ``example``: its self-test.
     """
 
     name: str
@@ -74,6 +123,7 @@ class Format:
     read: Callable[[Checkpoint, Given], Reading]
     write: Callable[[Adapter], Written] | None = None
     unwraps: bool = False
+    example: Example | None = None
 
 
 @cache
@@ -96,9 +146,9 @@ def formats() -> dict[str, Format]:
 def named(name: str) -> Format:
     """The format of that name, or of the table in that ``.toml`` file. Raises UsageError, InputError for the table."""
     if name.endswith(".toml"):
-        from .table import load
+        from .table import custom
 
-        return load(Path(name)).format()
+        return custom(Path(name))
     known = formats()
     if name not in known:
         raise UsageError(f"There is no format '{name}'; known are {', '.join(sorted(known))}, or a table FILE.toml.")
@@ -114,9 +164,19 @@ def read(checkpoint: Checkpoint, where: str, name: str | None = None, given: Giv
             return candidate.read(checkpoint, replace(given, inside=name if chosen is not candidate else None))
     for candidate in formats().values() if chosen is None else (chosen,):
         if chosen is not None or candidate.sniff(checkpoint):
-            return candidate.read(plain(checkpoint, where), given)
+            reading = candidate.read(plain(checkpoint, where), given)
+            return _within(reading, given.prefix) if given.prefix else reading
     keys = ", ".join(list(checkpoint.tensors)[:4])
     raise InputError(
         f"{where} is not recognised as an adapter: {len(checkpoint.tensors)} tensors ({keys}{', …' if keys else ''}) "
         f"and no adapter_config.json beside them. Formats that can be read: {', '.join(sorted(formats()))}."
     )
+
+
+def _within(reading: Reading, prefix: str) -> Reading:
+    """The part of a reading that --prefix names. Raises UsageError where no adapted module is in it."""
+    modules = [update.module for update in reading.adapter.updates]
+    prefix = prefix.rstrip(".") + "."
+    if modules and not any(module.startswith(prefix) for module in modules):
+        raise UsageError(f"No adapted module begins with --prefix '{prefix}'; they are {', '.join(modules[:3])}, ….")
+    return reading.within(prefix)

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..adapter import Adapter
 from ..checkpoint import Checkpoint, View
 from ..errors import InputError, UnsupportedError
 from . import Format, Given, Reading, read
@@ -86,34 +85,21 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         {inner: checkpoint.tensors[name] for inner, name in names.items()},
         metadata,
     )
-    return _of_the_network(read(inside, "The state dict in the checkpoint", given.inside, given), left_out)
+    reading = read(inside, "The state dict in the checkpoint", given.inside, given)
+    reading = replace(reading, left_out={**reading.left_out, **left_out})
+    return reading if given.prefix else _of_the_network(reading)
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(s for s in name.removeprefix("module.").split(".") if s not in _WRAPPERS)
 
 
-def _of_the_network(reading: Reading, left_out: dict[str, str]) -> Reading:
+def _of_the_network(reading: Reading) -> Reading:
     """Names as the network has them: without the module's attribute that holds it; other networks are left out."""
-    adapter, base = reading.adapter, reading.base
-    match = _ATTRIBUTES.match(adapter.updates[0].module) if adapter.updates else None
-    root = match[0] if match and all(u.module.startswith(match[0]) for u in adapter.updates) else ""
-    if not root:
-        return replace(reading, left_out={**reading.left_out, **left_out})
-    updates = tuple(replace(u, module=u.module.removeprefix(root)) for u in adapter.updates)
-    replaced = {name.removeprefix(root): r for name, r in adapter.replaced.items() if name.startswith(root)}
-    outside = [name for name in (*adapter.replaced, *(base.tensors if base else ())) if not name.startswith(root)]
-    left_out |= dict.fromkeys(outside, f"not in the adapted network ({root}…)")
-    if base is not None:
-        inside = [name for name in base.tensors if name.startswith(root)]
-        base = View(
-            {name.removeprefix(root): (base, name) for name in inside},
-            {name.removeprefix(root): base.tensors[name] for name in inside},
-            base.metadata,
-        )
-    note = f"The network is the checkpoint's '{root}…'; its names are given without that."
-    named: Adapter = replace(adapter, updates=updates, replaced=replaced, notes=(*adapter.notes, note))
-    return Reading(named, {**reading.left_out, **left_out}, base)
+    updates = reading.adapter.updates
+    match = _ATTRIBUTES.match(updates[0].module) if updates else None
+    root = match[0] if match and all(update.module.startswith(match[0]) for update in updates) else ""
+    return reading.within(root) if root else reading
 
 
 def _hyper_parameters(checkpoint: Checkpoint) -> dict[str, Any]:

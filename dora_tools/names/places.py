@@ -1,0 +1,108 @@
+"""Where a network's names stand in a base: as they are, under another prefix, or as transformers has renamed them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..checkpoint import Checkpoint, Ref, TensorInfo, ref
+from ..errors import FitError
+from .ties import MOVED, ON_DISK
+
+Rule = tuple[str, str]  # the prefix that is dropped, and the one that takes its place
+
+
+@dataclass(frozen=True)
+class Places:
+    """The names of a base, and how names of the model at run time are spelled there."""
+
+    known: Mapping[str, TensorInfo]
+    model_type: str = ""
+
+    @cached_property
+    def moved(self) -> bool:
+        """Whether the base has its language model where older files of multimodal models have it."""
+        return any(name.startswith(MOVED[0][1]) for name in self.known)
+
+    def spelled(self, name: str) -> str:
+        """A name of the model at run time as this base spells it: moved, or without the model's prefix."""
+        name = ON_DISK.get(self.model_type, {}).get(name, name)
+        moves = MOVED if self.moved else ()
+        moved = next((old + name.removeprefix(new) for new, old in moves if name.startswith(new)), name)
+        return next((n for n in (name, moved, name.partition(".")[2]) if n and n in self.known), moved)
+
+    def rule(self, modules: Sequence[str], others: Sequence[str] = (), absent: Collection[str] = ()) -> Rule:
+        """How these names are renamed to meet the base: the rule that places the most ``modules``, then ``others``.
+
+        ``absent`` ones may be missing from it (a tied head). Raises FitError where two rules fit equally well.
+        """
+        if all(self.spelled(name) in self.known or self.spelled(name) in absent for name in (*modules, *others)):
+            return "", ""
+        return _prefix_rule(modules, others, self.known)
+
+    def place(self, name: str, rule: Rule) -> str:
+        """Where a name stands in the base under a rule, or its best spelling where it is not there."""
+        drop, add = rule
+        renamed = add + name.removeprefix(drop) if name.startswith(drop) else name
+        return next((n for n in (renamed, name) if n in self.known), self.spelled(name))
+
+
+def found(base: Checkpoint, names: Sequence[str]) -> dict[str, Ref]:
+    """Those of the names that stand in the base, each with its tensor. Raises FitError where two prefixes fit."""
+    config: Mapping[str, Any] = base.metadata.get("config") or {}
+    places = Places(base.tensors, str(config.get("model_type", "")))
+    rule = places.rule(names)
+    placed = {name: places.place(name, rule) for name in names}
+    return {name: ref(base, there) for name, there in placed.items() if there in base.tensors}
+
+
+def _prefix_rule(modules: Sequence[str], others: Sequence[str], known: Mapping[str, TensorInfo]) -> Rule:
+    """The one prefix that is dropped and the one that is put in its place, so that the most names meet a tensor.
+
+    Names as they are win over every rule. Raises FitError where two rules fit equally well.
+    """
+    names = (*modules, *others)
+    by_end: dict[str, list[str]] = {}
+    for name in known:
+        by_end.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+    samples = sorted(names)[:: max(1, len(names) // 8)]
+    rules = {("", "")}
+    for sample in samples:
+        segments = sample.split(".")
+        for cut in range(len(segments) - 1):
+            rest = ".".join(segments[cut:])
+            drop = ".".join(segments[:cut]) + "." * bool(cut)
+            for found in by_end.get(".".join(segments[-2:]), ()):
+                if found == rest or found.endswith(f".{rest}"):
+                    rules.add((drop, found.removesuffix(rest)))
+    moves = {*((a, b) for a, b in MOVED), *((b, a) for a, b in MOVED), ("model.", "model.language_model.")}
+    moves |= {
+        ("model.language_model.", "model."),
+        ("model.", "language_model.model."),
+        ("language_model.model.", "model."),
+    }
+    rules = {
+        (drop, add) for drop, add in rules if (drop, add) == ("", "") or not drop or not add or (drop, add) in moves
+    }
+
+    def met(rule: Rule, names: Sequence[str]) -> frozenset[str]:
+        drop, add = rule
+        renamed = (add + name.removeprefix(drop) for name in names if name.startswith(drop))
+        return frozenset(name for name in renamed if name in known)
+
+    scores = {rule: (met(rule, modules), met(rule, others)) for rule in rules}
+    counts = {rule: (len(first), len(second)) for rule, (first, second) in scores.items()}
+    most = max(counts.values())
+    best = sorted((rule for rule in rules if counts[rule] == most), key=lambda r: (len(r[0]), len(r[1]), r))
+    if ("", "") in best:
+        return "", ""
+    rival = next((rule for rule in best if scores[rule] != scores[best[0]] or rule[0] != best[0][0]), None)
+    if rival is not None:
+        (a, b), (c, d) = best[0], rival
+        raise FitError(
+            f"The adapter's names fit the base in two ways: '{a}…' as '{b}…' and '{c}…' as '{d}…'. Which network was "
+            f"it trained on? Say --prefix with what stands before that network's names, e.g. --prefix {a or c}"
+        )
+    return best[0]

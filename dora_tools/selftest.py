@@ -1,0 +1,78 @@
+"""A format's own example, run: read, merged, and if it can be written, written, read and merged again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from .adapter import Adapter
+from .binding import bind
+from .checkpoint import Checkpoint, Tensors, constant
+from .errors import InputError, TargetError
+from .formats import Example, Format, Given
+
+if TYPE_CHECKING:
+    import torch
+
+CLOSE = 1e-5  # of the largest merged number; float32, and numbers that a person typed
+
+
+def check(format: Format, example: Example, name: str) -> None:
+    """Raises InputError with the first number that is not as the example says."""
+    where = f"The [test] of {name}"
+    try:
+        metadata = {"hyper_parameters": example.hparams, "adapter_config": example.config}
+        tensors = Tensors(_held(example.tensors), metadata={k: v for k, v in metadata.items() if v})
+        base = Tensors(_held(example.base)) if example.base else None
+        expected = _held(example.merged)
+        given = Given(**example.given, base=(lambda: base) if base else None)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error}.") from error
+    reading = format.read(tensors, given)
+    home = base or reading.base
+    if home is None:
+        raise InputError(f"{where} needs a base: name → numbers, as the tensors bring none.")
+    _compare(reading.adapter, home, expected, f"{where}:")
+    if format.write is not None:
+        try:
+            written = format.write(reading.adapter)
+        except TargetError:
+            return  # it holds more than the format can write
+        config = {k: json.loads(v) for k, v in written.documents.items()}.get("adapter_config.json")
+        again = Tensors(dict(_refs(written.tensors)), metadata={"adapter_config": config} if config else {})
+        given = replace(given, alpha=None, scale_rule=None, scaling=None if config else 1.0)
+        _compare(format.read(again, given).adapter, home, expected, f"{where}, written and read again:")
+
+
+def _held(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return {name: constant(torch.tensor(values, dtype=torch.float32), name) for name, values in tensors.items()}
+
+
+def _refs(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    from .checkpoint import ref
+
+    return {name: ref(checkpoint, name) for name in checkpoint.tensors}
+
+
+def _compare(adapter: Adapter, base: Checkpoint, expected: Mapping[str, Any], where: str) -> None:
+    from .merging import LazyTensors, Merged
+
+    merged = LazyTensors(Merged(bind([(adapter, 1.0)], base), "cpu"), {})
+    for name, promise in expected.items():
+        if name not in merged:
+            raise InputError(f"{where} the merged model has no {name}; it has {', '.join(list(merged)[:4])}.")
+        wanted: torch.Tensor = promise.load().reshape(promise.shape)
+        found = merged[name][...]
+        if found.shape != wanted.shape:
+            raise InputError(f"{where} {name} has shape {list(found.shape)}, expected {list(wanted.shape)}.")
+        worst = float((found - wanted).abs().max())
+        if not worst <= CLOSE * float(wanted.abs().max()):
+            at = int((found - wanted).abs().argmax())
+            raise InputError(
+                f"{where} {name} has {float(found.flatten()[at]):g} where {float(wanted.flatten()[at]):g} is expected "
+                f"(number {at}, row by row). Are scale rule, dims and the magnitude's axis right?"
+            )
