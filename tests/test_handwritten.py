@@ -218,3 +218,52 @@ def test_a_second_network_is_left_out_and_said(tmp_path: Path) -> None:
     said = " ".join(plan.notes)
     for name in ("loss.weight", "teacher.layers.0.weight", "ema_model.module.layers.0.lora.A"):
         assert f"left out {name}" in said
+
+
+def two_networks(tmp_path: Path) -> dict[str, Any]:
+    """A GAN-like module: two networks of one architecture, both with rasbt's LoRA."""
+    random = torch.Generator().manual_seed(0)
+    state: dict[str, Any] = {}
+    for network in ("generator", "critic"):
+        for layer, (out, in_) in {"layers.0": (5, 4), "layers.2": (3, 5)}.items():
+            shapes = {"linear.weight": (out, in_), "lora.A": (in_, 2), "lora.B": (2, out)}
+            state |= {f"{network}.{layer}.{n}": torch.randn(shape, generator=random) for n, shape in shapes.items()}
+    state["temperature"] = torch.ones(1)
+    saved = {"state_dict": state, "hyper_parameters": {"alpha": 4}, "pytorch-lightning_version": "2.6.1"}
+    torch.save(saved, tmp_path / "run.ckpt")
+    (tmp_path / "base").mkdir()
+    base = {f"layers.{i}.weight": state[f"generator.layers.{i}.linear.weight"] for i in (0, 2)}
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    return state
+
+
+def test_of_two_networks_the_prefix_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = two_networks(tmp_path)
+    merge = ["merge", str(tmp_path / "run.ckpt"), "--scale-rule", "alpha/rank", "-o", str(tmp_path / "out")]
+    with_base = [*merge, "--base", str(tmp_path / "base")]
+    assert main(with_base) == 4
+    assert "--prefix critic." in capsys.readouterr().err
+    assert main([*with_base, "--prefix", "discriminator"]) == 2
+    for arguments in ([*with_base, "--prefix", "generator"], [*merge, "--prefix", "generator."]):
+        assert main([*arguments, "--force"]) == 0
+        assert "left out critic.layers.0" in capsys.readouterr().err
+        merged = load_file(tmp_path / "out" / "model.safetensors")
+        assert merged.keys() == {"layers.0.weight", "layers.2.weight"}
+        part = {n: state[f"generator.layers.0.{n}"].double() for n in ("linear.weight", "lora.A", "lora.B")}
+        expected = part["linear.weight"] + 2 * (part["lora.A"] @ part["lora.B"]).T
+        np.testing.assert_allclose(merged["layers.0.weight"], expected, atol=1e-6)
+
+
+def test_tensors_outside_the_adapted_network_are_left_out_under_any_attribute(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = two_networks(tmp_path)
+    one = {name: tensor for name, tensor in state.items() if name.startswith("generator") or name == "temperature"}
+    torch.save({"state_dict": one, "hyper_parameters": {"lora": {"alpha": 4, "use_rslora": True}}}, tmp_path / "g.ckpt")
+    merge = ["merge", str(tmp_path / "g.ckpt"), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out")]
+    assert main(merge) == 0, "use_rslora is a rule"
+    said = capsys.readouterr().err
+    assert "the adapter's 'generator.…'" in said
+    assert "left out temperature" in said
+    recorded = json.loads((tmp_path / "out" / "dora_tools.json").read_text())["adapters"][0]["scaling"]
+    assert recorded == [{"value": 4 / 2**0.5, "source": "4/√2, hyper_parameters.alpha", "modules": 2}]

@@ -16,6 +16,7 @@ LABELS = {
     "1": "one",
     "k": "the side of a square convolution kernel",
     "kernel": "all kernel dimensions of a conv weight, multiplied",
+    "rows": "rows of the parts of a fused layer that have factors, together",
     "part": "rows of one part of a fused layer, where all are equally long",
     "parts": "how many parts of a fused layer have factors",
     "all": "how many parts a fused layer has",
