@@ -282,11 +282,12 @@ class Replacement:
     """A whole trained tensor that takes the base's place (modules_to_save, a trained bias, a resized embedding).
 
     ``shared``: the training wrote into the base's own parameter, so whatever was tied to it changed with it; otherwise
-    it was a copy beside the base, and a tied partner kept its value.
+    it was a copy beside the base, and a tied partner kept its value. ``alone``: the base is known to tie it to nothing.
     """
 
     tensor: Ref
     shared: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)

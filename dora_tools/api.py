@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import companions, containers, formats, hub
-from .adapter import Adapter, LowRank, Unchanged
+from .adapter import Adapter, LowRank, Replacement, Unchanged
 from .binding import Binding, bind
-from .checkpoint import Checkpoint, Deferred, plain
+from .checkpoint import Checkpoint, Deferred, Ref, plain, ref
 from .containers.safetensors import lay_out
 from .dtypes import DTYPES, dtype_named
 from .errors import InputError, ResourceError, TargetError, UsageError
 from .formats import Given
 from .layout import Computed, File, Layout, bytes_of
+from .names.places import found
+from .names.ties import may_be_tied
 from .summary import Summary, summarise
 from .write import Progress, check_room, check_target, write
 
@@ -99,8 +101,40 @@ def convert(
     reading, place = _read(path, format, _with_base(given, base))
     if reading.doubt:
         raise InputError(reading.doubt)
-    left = tuple(f"left out {name}: {why}" for name, why in reading.left_out.items())
-    return (*reading.adapter.notes, *left, *write_adapter(reading.adapter, out, to, force, [place]))
+    adapter, left = reading.adapter, tuple(f"left out {name}: {why}" for name, why in reading.left_out.items())
+    if base is not None:
+        adapter, same = _beside(adapter, _base(base))
+        left += (f"{same} tensors are as in the base and are left out.",) if same else ()
+    elif reading.base is not None and adapter.replaced:
+        left += (
+            f"The file holds the whole model, so {len(adapter.replaced)} tensors that may not have been trained are "
+            "carried along; with --base, those that are as in the base are left out.",
+        )
+    return (*adapter.notes, *left, *write_adapter(adapter, out, to, force, [place]))
+
+
+def _beside(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, int]:
+    """An adapter without the whole tensors that are as in the base, and how many those are.
+
+    Of the others, it says which the base ties to nothing.
+    """
+    there = found(base, list(adapter.replaced))
+    untied = (base.metadata.get("config") or {}).get("tie_word_embeddings") is False
+    kept: dict[str, Replacement] = {}
+    for name, replacement in adapter.replaced.items():
+        own = there.get(name)
+        if own is not None and replacement.tensor.shape == own.shape:
+            if _equal(own, replacement.tensor):
+                continue
+            others = [n for n, i in base.tensors.items() if n != own.key and i.shape == own.shape and may_be_tied(n)]
+            if untied or (others and not any(_equal(own, ref(base, other)) for other in others)):
+                replacement = replace(replacement, alone=True)
+        kept[name] = replacement
+    return replace(adapter, replaced=kept), len(adapter.replaced) - len(kept)
+
+
+def _equal(a: Ref, b: Ref) -> bool:
+    return bool((a.load() == b.load()).all())
 
 
 def inspect(

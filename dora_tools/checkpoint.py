@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import frexp, prod
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
@@ -117,6 +117,12 @@ class Ref:
         return values if self.scale == 1.0 else values * self.scale
 
     @property
+    def kept(self) -> str:
+        """The stored type that holds the values without rounding: as read, or F32 for a multiple of half precision."""
+        exact = self.dtype in ("F32", "F64") or abs(frexp(self.scale)[0]) == 0.5
+        return self.dtype if exact else "F32"
+
+    @property
     def T(self) -> Ref:
         fetch = self.fetch
         return replace(self, shape=self.shape[::-1], fetch=lambda: fetch().T, origin=None)
@@ -176,7 +182,7 @@ class Tensors:
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(promise.dtype, promise.shape, self.file) for name, promise in self.refs.items()}
+        return {name: TensorInfo(promise.kept, promise.shape, self.file) for name, promise in self.refs.items()}
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         promise = self.refs[name]

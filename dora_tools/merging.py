@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -87,7 +87,6 @@ class Merged:
         self._column_zeros: dict[str, int] = {}
         self._parts: OrderedDict[str, tuple[_Part, ...]] = OrderedDict()
         self._lock, self._loading, self._norming = threading.Lock(), threading.Lock(), threading.Lock()
-        self._local = threading.local()
         if device.startswith("cuda"):
             torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -226,45 +225,82 @@ class Merged:
             return self._ratios[name, index]
 
     def _take_norms(self, wanted: Sequence[tuple[str, int]], threads: int) -> None:
-        """m / n of the ``wanted`` updates: for each column (float64 sums over the tiles, in row order), or each row."""
+        """m / n of the ``wanted`` updates: for each column, or for each row."""
 
-        def squares(item: tuple[tuple[str, int], tuple[int, int]]) -> torch.Tensor:
-            single_threaded()
-            (name, index), (first, last) = item
-            info = self.tensors[name]
-            w, scratch = self._scratch(last - first, info.width, working(info.dtype))
-            part = self._loaded(name, w.dtype)[index]
-            self._base.read(name, first, last, w)
-            part.kernel.apply(w, first)
-            return column_squares(w, scratch) if part.axis == "in" else row_norms(w)
+        def part(at: tuple[str, int]) -> _Part:
+            return self._loaded(at[0], working(self.tensors[at[0]].dtype))[at[1]]
 
-        waiting = {at: [first for first, _ in tiles(self.tensors[at[0]])][::-1] for at in wanted}  # the next one last
-        early: dict[tuple[str, int], dict[int, torch.Tensor]] = {at: {} for at in wanted}
-        taken: dict[tuple[str, int], list[torch.Tensor]] = {at: [] for at in wanted}
-        items = ((at, tile) for at in wanted for tile in tiles(self.tensors[at[0]]))
-        for (at, (start, _)), norms in blocks(items, squares, threads):
-            name, index = at
-            part = self._loaded(name, working(self.tensors[name].dtype))[index]
-            early[at][start] = norms
-            while waiting[at] and waiting[at][-1] in early[at]:
-                taken[at].append(early[at].pop(waiting[at].pop()))
-                if part.axis == "in":
-                    taken[at] = [sum(taken[at][1:], start=taken[at][0])]
-            if waiting[at]:
-                continue
-            if part.axis == "in":
-                self._ratios[at], zeros = part.factors(taken.pop(at)[0].sqrt().to(working(self.tensors[name].dtype)))
-                self._column_zeros[name] = self._column_zeros.get(name, 0) + zeros
-            else:
-                self._ratios[at], _ = part.factors(torch.cat(taken.pop(at)))
+        def kernel(at: tuple[str, int]) -> Callable[[], Kernel]:
+            return lambda: part(at).kernel
 
-    def _scratch(self, rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two buffers of this thread."""
-        pair = getattr(self._local, "pair", None)
+        todo = {at: Normed(at[0], part(at).axis or "out", kernel(at)) for at in wanted}
+        for at, found in norms(self._base, todo, threads, self._device):
+            self._ratios[at], zeros = part(at).factors(found)
+            if todo[at].axis == "in":
+                self._column_zeros[at[0]] = self._column_zeros.get(at[0], 0) + zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """What ``norms`` takes the norms of: the rows ("out") or columns ("in") of a stored tensor after a kernel."""
+
+    name: str
+    axis: Axis
+    kernel: Callable[[], Kernel]
+
+
+K = TypeVar("K")
+
+
+def norms(
+    base: Checkpoint,
+    wanted: Mapping[K, Normed],
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[K, torch.Tensor]]:
+    """‖V‖ of rows or columns, in one parallel pass over the tensors; yields (key, norms) as they are complete.
+
+    Column sums are float64, added in row order, so that the result does not depend on the threads. ``progress`` is
+    called with bytes read.
+    """
+    local = threading.local()
+
+    def scratch(rows: int, width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = getattr(local, "pair", None)
         if pair is None or pair[0].numel() < rows * width or pair[0].dtype != dtype:
-            pair = tuple(torch.empty(rows * width, dtype=dtype, device=self._device) for _ in range(2))
-            self._local.pair = pair
+            pair = tuple(torch.empty(rows * width, dtype=dtype, device=device) for _ in range(2))
+            local.pair = pair
         return pair[0][: rows * width].view(rows, width), pair[1][: rows * width].view(rows, width)
+
+    def squares(item: tuple[K, tuple[int, int]]) -> torch.Tensor:
+        single_threaded()
+        key, (first, last) = item
+        want = wanted[key]
+        info = base.tensors[want.name]
+        w, other = scratch(last - first, info.width, working(info.dtype))
+        kernel = want.kernel()
+        base.read(want.name, first, last, w)
+        kernel.apply(w, first)
+        return column_squares(w, other) if want.axis == "in" else row_norms(w)
+
+    starts = {key: [first for first, _ in tiles(base.tensors[want.name])] for key, want in wanted.items()}
+    waiting = {key: rows[::-1] for key, rows in starts.items()}  # the next one last
+    early: dict[K, dict[int, torch.Tensor]] = {key: {} for key in wanted}
+    taken: dict[K, list[torch.Tensor]] = {key: [] for key in wanted}
+    items = ((key, tile) for key, want in wanted.items() for tile in tiles(base.tensors[want.name]))
+    for (key, (start, stop)), found in blocks(items, squares, threads):
+        want, info = wanted[key], base.tensors[wanted[key].name]
+        if progress is not None:
+            progress(info.bytes_of((stop - start) * info.width))
+        early[key][start] = found
+        while waiting[key] and waiting[key][-1] in early[key]:
+            taken[key].append(early[key].pop(waiting[key].pop()))
+            if want.axis == "in":
+                taken[key] = [sum(taken[key][1:], start=taken[key][0])]
+        if not waiting[key]:
+            done = taken.pop(key)
+            yield key, done[0].sqrt().to(working(info.dtype)) if want.axis == "in" else torch.cat(done)
 
 
 class LazyTensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from typing import Any
@@ -144,7 +144,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         base if isinstance(base, str) and base else None,
         config["task_type"] if isinstance(config.get("task_type"), str) else None,
         "peft",
-        {"peft": config, "modules": tuple(modules)},
+        {"peft": _own_options(checkpoint, config), "modules": tuple(modules)},
         tuple(notes),
     )
     base = _own_base(checkpoint, updates, replaced)
@@ -152,6 +152,12 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         own = {f"{update.module}.{part}" for update in updates for part in ("weight", "bias")}
         adapter = replace(adapter, replaced={name: r for name, r in replaced.items() if name not in own})
     return Reading(adapter, left_out, base)
+
+
+def _own_options(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that is worth keeping: of one gathered from hyper-parameters, only what are PEFT's own options."""
+    gathered = "hyper_parameters" in checkpoint.metadata
+    return {name: value for name, value in config.items() if name in _KNOWN or not gathered}
 
 
 def _own_base(checkpoint: Checkpoint, updates: list[Update], replaced: Mapping[str, Replacement]) -> Checkpoint | None:
@@ -453,15 +459,24 @@ def _written_config(adapter: Adapter, old: Mapping[str, Any]) -> dict[str, Any]:
             ({m: d.rank for m, d in deltas.items()}, "r", "rank_pattern"),
             ({m: d.scaling * rule(d.rank) for m, d in deltas.items()}, "lora_alpha", "alpha_pattern"),
         ):
-            exact = {m: int(v) if v == int(v) else v for m, v in value.items()}
+            exact = {m: _tidy(v, deltas[m], rule) for m, v in value.items()}
             config[default] = Counter(exact.values()).most_common(1)[0][0] if exact else 8
             # ^ and the escaped path: hits exactly this module (PEFT ≥ 0.15)
             config[table] = {f"^{re.escape(m)}": v for m, v in exact.items() if v != config[default]}
-    if not old and adapter.replaced:
-        config["modules_to_save"] = sorted({n.rpartition(".")[0] for n, r in adapter.replaced.items() if not r.shared})
+    saved = {name.rpartition(".")[0] for name, r in adapter.replaced.items() if not r.shared}
+    said = config.get("modules_to_save") or []
+    if any(not any(module == end or module.endswith(f".{end}") for end in said) for module in saved):
+        config["modules_to_save"] = sorted({*said, *saved})
     config.setdefault("fan_in_fan_out", any(u.transposed for u in adapter.updates))
     config.setdefault("init_lora_weights", True)
     return config
+
+
+def _tidy(value: float, delta: LowRank, rule: Callable[[float], float]) -> float:
+    """A rank or alpha as a person would write it, where that gives the same scaling to the last bit."""
+    near = round(value, 9)
+    value = near if near / rule(delta.rank) == delta.scaling else value
+    return int(value) if value == int(value) else value
 
 
 FORMAT = Format("peft", "PEFT: adapter_config.json and adapter_model.safetensors or .bin", _sniff, _read, _write)

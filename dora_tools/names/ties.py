@@ -58,6 +58,17 @@ def ties_of(architecture: str, task: str | None = None) -> Mapping[str, str] | N
     return None if architecture.endswith(LANGUAGE_MODELS) else {}
 
 
+@cache
+def _tied_leaves() -> frozenset[str]:
+    pairs = (pair for row in _table()["ties"] for pair in row["tied"].items())
+    return frozenset(".".join(name.split(".")[-2:]) for pair in pairs for name in pair)
+
+
+def may_be_tied(name: str) -> bool:
+    """Whether some architecture ties a parameter of that name to another."""
+    return ".".join(name.split(".")[-2:]) in _tied_leaves()
+
+
 def always_tied(model_type: str | None) -> bool:
     """Whether transformers ties this model whatever config.json says."""
     return model_type in _table()["always"]

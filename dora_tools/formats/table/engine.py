@@ -14,6 +14,7 @@ from ...adapter import Adapter, Axis, Delta, LowRank, Magnitude, Replacement, Un
 from ...checkpoint import Checkpoint, Ref, Tensors, View, assembled, ref, tiles
 from ...errors import InputError, TargetError, UnsupportedError
 from ...names.places import found
+from ...names.ties import may_be_tied
 from .. import Format, Given, Reading, Written
 from .shapes import Equation, determined, labels, solve
 from .syntax import SHAPED, Fused, Rule, Shape, Table, check_expression, value_of
@@ -561,7 +562,13 @@ def _write(table: Table, adapter: Adapter) -> Written:
         refs[_key(rule, update.module)] = m.vector.reshape(*shape) if len(shape) > 1 else m.vector
     if adapter.replaced and table.unmatched != "replace":
         raise TargetError(f"Format '{table.name}' has no place for {min(adapter.replaced)}, which was trained whole.")
-    refs |= {_replaced_key(table, rules, name, adapter): r.tensor for name, r in adapter.replaced.items()}
+    for name, replacement in adapter.replaced.items():
+        if not (replacement.shared or replacement.alone) and may_be_tied(name):
+            raise TargetError(
+                f"{name} was trained as a copy beside the base's; format '{table.name}' would make it the base's own, "
+                "and change what is tied to it too. If nothing is, --base shows it; else a dense merge keeps them apart."
+            )
+        refs[_replaced_key(rules, name, adapter)] = replacement.tensor
     if alpha_key:
         config = {**table.config, "r": largest, alpha_key: largest, "base_model_name_or_path": adapter.base_model}
         config["target_modules"] = sorted({u.module.rpartition(".")[2] for u in adapter.updates})
@@ -572,12 +579,12 @@ def _write(table: Table, adapter: Adapter) -> Written:
     return Written(Tensors(refs), table.file, notes=notes)
 
 
-def _replaced_key(table: Table, rules: Mapping[str, Rule], name: str, adapter: Adapter) -> str:
+def _replaced_key(rules: Mapping[str, Rule], name: str, adapter: Adapter) -> str:
     """Where a tensor trained whole stands: the bias of an adapted module under the table's own key for it."""
     module, _, parameter = name.rpartition(".")
     if parameter == "bias" and "bias" in rules and any(update.module == module for update in adapter.updates):
         return _key(rules["bias"], module)
-    return name
+    return _key(rules["replace"], name) if "replace" in rules else name
 
 
 def _key(rule: Rule, module: str) -> str:
