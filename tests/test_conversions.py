@@ -198,9 +198,9 @@ def test_there_and_back_every_number_is_the_same(
     if name in LIGHTNING:
         first = tmp_path / "peft"
         to_peft(name, first)
-    notes = dt.convert(first, there, to)
-    unsaid = any("a scaling of 1" in note for note in notes)
     base = real_model(name.split("-")[0]) if name in REAL else FIXTURES / ENTRIES[name]["base"]
+    notes = dt.convert(first, there, to, base=base)
+    unsaid = any("a scaling of 1" in note for note in notes)
     dt.convert(there, back, "peft", given=dt.Given(scaling=1.0) if unsaid else None, base=base)
     old, new = stored(first), stored(back)
     assert old.keys() == new.keys()

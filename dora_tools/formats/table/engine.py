@@ -566,7 +566,7 @@ def _write(table: Table, adapter: Adapter) -> Written:
         if not (replacement.shared or replacement.alone) and may_be_tied(name):
             raise TargetError(
                 f"{name} was trained as a copy beside the base's; format '{table.name}' would make it the base's own, "
-                "and change what is tied to it too. If nothing is, --base shows it; else a dense merge keeps them apart."
+                "and change what is tied to it too. Give --base to show that nothing is, or merge."
             )
         refs[_replaced_key(rules, name, adapter)] = replacement.tensor
     if alpha_key:
