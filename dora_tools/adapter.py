@@ -294,7 +294,8 @@ class Replacement:
 class Adapter:
     """Updates (one per module), replacements (by the parameter's name as trained), and where they came from.
 
-    ``task``: what it was trained for, in PEFT's words (CAUSAL_LM, SEQ_CLS, …), which tells what head the model had.
+    ``rslora``: whether its alpha is divided by √rank (rsLoRA) in files that record one; None: nobody said. ``task``:
+    what it was trained for, in PEFT's words (CAUSAL_LM, SEQ_CLS, …), which tells what head the model had.
     ``extra`` keeps the foreign configuration, so that writing the same format again loses nothing; ``notes`` are
     sentences for the user: what was left aside, what is unusual.
     """
@@ -304,6 +305,7 @@ class Adapter:
     base_model: str | None = None
     task: str | None = None
     format: str = ""
+    rslora: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -27,7 +27,8 @@ from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, TASK_HEADS, a
 class Bound:
     """One update on one stored matrix: ``delta`` and ``magnitude`` as the base stores it, rows first.
 
-    ``follows``: for a bias that is multiplied by the factors m / n of a weight: its name, and which of its updates.
+    ``turned``: the base stores the transpose of what the update is of. ``follows``: for a bias that is multiplied by
+    the factors m / n of a weight: its name, and which of its updates.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Bound:
     magnitude: Magnitude | None
     strength: float = 1.0
     follows: tuple[str, int] | None = None
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -416,6 +418,7 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
                     update.delta.turned() if turn else update.delta,
                     magnitude.turned() if magnitude and turn else magnitude,
                     strength,
+                    turned=turn,
                 )
             )
         bound[name] = tuple(bounds)

@@ -53,3 +53,52 @@ def reference_merge(
         norm = torch.linalg.norm(v, dim=dim)
         v = (magnitude.float() / norm).unsqueeze(dim) * v
     return v.to(weight.dtype)
+
+
+def svd_of_product(
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float = 1.0,
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U (out, k), σ (k,) descending, Vᵀ (k, in) of diag(rows) · s·BA · diag(columns), float64, k ≤ rank.
+
+    By thin QR of both factors and the SVD of a rank × rank core: the product is never formed. Factors may be
+    rank-deficient or wider than the matrix. O((out + in) · rank²).
+    """
+    b = lora_B.double() if rows is None else lora_B.double() * rows.double().unsqueeze(1)
+    a = lora_A.double() if columns is None else lora_A.double() * columns.double()
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.T)
+    u, values, vt = torch.linalg.svd(scaling * (rb @ ra.T), full_matrices=False)
+    return qb @ u, values, vt @ qa.T
+
+
+def factors_of(
+    u: torch.Tensor,
+    values: torch.Tensor,
+    vt: torch.Tensor,
+    rank: int,
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A (rank, in), lora_B (out, rank) of the best approximation of that rank: √σ on each side, scaling 1.
+
+    ``rows``, ``columns``: the weights that the SVD was taken under. Ranks beyond the spectrum are zeros. float32.
+    """
+    k = min(rank, values.shape[0])
+    root = values[:k].sqrt()
+    b, a = u[:, :k] * root, root.unsqueeze(1) * vt[:k]
+    b = b if rows is None else b / rows.double().unsqueeze(1)
+    a = a if columns is None else a / columns.double()
+    return padded(a.float(), b.float(), rank)
+
+
+def padded(lora_A: torch.Tensor, lora_B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product at a higher rank: rows and columns of zeros."""
+    more = rank - lora_A.shape[0]
+    if more <= 0:
+        return lora_A.contiguous(), lora_B.contiguous()
+    a = torch.cat([lora_A, lora_A.new_zeros(more, lora_A.shape[1])])
+    return a, torch.cat([lora_B, lora_B.new_zeros(lora_B.shape[0], more)], dim=1)

@@ -21,13 +21,14 @@ FLOORS = [
     {"layout", "names"},
     {"binding", "formats", "containers"},
     {"merging", "write", "companions"},
-    {"summary", "hub", "selftest"},
+    {"compare"},
+    {"operations", "summary", "hub", "selftest"},
     {"api"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_ROOMS = {"lowrank", "merging"}
+TORCH_ROOMS = {"lowrank", "merging", "compare", "operations"}
 
 
 def room_of(path: Path) -> str:

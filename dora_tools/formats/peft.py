@@ -144,6 +144,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         base if isinstance(base, str) and base else None,
         config["task_type"] if isinstance(config.get("task_type"), str) else None,
         "peft",
+        bool(config["use_rslora"]) if "use_rslora" in config else None,
         {"peft": _own_options(checkpoint, config), "modules": tuple(modules)},
         tuple(notes),
     )
@@ -447,6 +448,8 @@ def _written_config(adapter: Adapter, old: Mapping[str, Any]) -> dict[str, Any]:
     config |= {"peft_type": "LORA", "inference_mode": True, "use_dora": adapter.is_dora}
     config["base_model_name_or_path"] = adapter.base_model
     config["lora_bias"] = any(update.bias is not None for update in adapter.updates)
+    if adapter.rslora is not None:
+        config["use_rslora"] = adapter.rslora
     rule = sqrt if config.get("use_rslora") else float
     ranks, alphas = _Patterns(config, "rank_pattern", "r", 8), _Patterns(config, "alpha_pattern", "lora_alpha", 8)
     kept = set(adapter.extra.get("modules", ())) == set(deltas) and all(

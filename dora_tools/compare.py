@@ -1,0 +1,74 @@
+"""Two checkpoints, tile by tile: how far apart tensors of the same name are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+
+from .checkpoint import Checkpoint, blocks, single_threaded, tiles
+from .dtypes import working
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Frobenius norms: of the difference of two tensors, and of the second of them."""
+
+    difference: float
+    size: float
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.size if self.size else float("inf") if self.difference else 0.0
+
+
+def distances(
+    a: Checkpoint,
+    b: Checkpoint,
+    names: Iterable[str],
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Mapping[str, Distance]:
+    """‖A − B‖ and ‖B‖ of each tensor, which both must have in the same shape; sums are float64, in row order.
+
+    ``progress`` is called with the bytes of ``b`` that were compared.
+    """
+    for checkpoint in (a, b):
+        prepare = getattr(checkpoint, "prepare", None)
+        if prepare is not None:
+            prepare(threads)
+    local = threading.local()
+
+    def squares(item: tuple[str, tuple[int, int]]) -> tuple[float, float]:
+        single_threaded()
+        name, (first, last) = item
+        info = b.tensors[name]
+        size, dtype = (last - first) * info.width, working(info.dtype)
+        pair = getattr(local, "pair", None)
+        if pair is None or pair[0].numel() < size or pair[0].dtype != dtype:
+            pair = local.pair = tuple(torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+        x, y = (buffer[:size].view(last - first, info.width) for buffer in pair)
+        a.read(name, first, last, x)
+        b.read(name, first, last, y)
+        x.sub_(y)
+        return _squares(x), _squares(y)
+
+    names = list(names)
+    found: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
+    items = ((name, tile) for name in names for tile in tiles(b.tensors[name]))
+    for (name, (first, last)), sums in blocks(items, squares, threads):
+        found[name][first] = sums
+        if progress is not None:
+            info = b.tensors[name]
+            progress(info.bytes_of((last - first) * info.width))
+    ordered = {name: [sums[first] for first in sorted(sums)] for name, sums in found.items()}
+    return {n: Distance(sqrt(sum(d for d, _ in sums)), sqrt(sum(s for _, s in sums))) for n, sums in ordered.items()}
+
+
+def _squares(x: torch.Tensor) -> float:
+    """Σ x², with float32 sums of one row only."""
+    return float(torch.linalg.vector_norm(x, dim=1).double().square().sum())

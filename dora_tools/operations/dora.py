@@ -1,0 +1,81 @@
+"""LoRA → DoRA initialisation: the magnitudes under which the merged weight does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Literal
+
+import torch
+
+from ..adapter import Adapter, Axis, Kernel, LowRank, Magnitude, Unchanged
+from ..binding import bind
+from ..checkpoint import Checkpoint, Ref, constant
+from ..dtypes import working
+from ..errors import InputError
+from ..merging import Normed, norms
+from .outcome import Module, Outcome
+
+Init = Literal["exact", "paper"]
+
+
+def to_dora(
+    adapter: Adapter,
+    base: Checkpoint,
+    axis: Axis = "out",
+    init: Init = "exact",
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Outcome:
+    """Every module with m = ‖W + s·BA‖ (float32) along ``axis``, so that m/‖V‖ = 1: the merge stays the LoRA's.
+
+    ``init="paper"``: m = ‖W‖ as arXiv 2402.09353 starts from, which equals that only while lora_B is zero. The base is
+    streamed once. Raises InputError for what is DoRA already, FitError where adapter and base do not fit.
+    """
+    done = next((u.module for u in adapter.updates if u.magnitude is not None), None)
+    if done is not None:
+        raise InputError(f"{done} has a magnitude: the adapter is DoRA already.")
+    odd = next((u.module for u in adapter.updates if not isinstance(u.delta, LowRank)), None)
+    if odd is not None or not adapter.updates:
+        raise InputError(f"{odd or 'The adapter'} has no low-rank update, so there is nothing to make a DoRA of.")
+    asked = tuple(replace(u, magnitude=Magnitude(_promised(u.delta.shape, axis), axis)) for u in adapter.updates)
+    binding = bind([(replace(adapter, updates=asked), 1.0)], base)
+    placed = {b.module: (name, b) for name, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}
+
+    @lru_cache(maxsize=8)  # those in work on the threads, and a few to come
+    def kernel(module: str) -> Kernel:
+        name, b = placed[module]
+        if init == "paper":
+            return Unchanged(b.delta.shape)
+        return b.delta.kernel(1.0, device, working(binding.base.tensors[name].dtype))
+
+    wanted = {
+        module: Normed(name, b.magnitude.axis if b.magnitude else axis, partial(kernel, module))
+        for module, (name, b) in placed.items()
+    }
+    found = dict(norms(binding.base, wanted, threads, device, progress))
+    for module, vector in found.items():
+        if not bool(vector.isfinite().all()):
+            raise InputError(f"{wanted[module].name} and the update of {module} hold NaN or Inf, so their norms do.")
+    updates = tuple(
+        replace(u, magnitude=Magnitude(constant(found[u.module].float().cpu(), f"{u.module}.magnitude"), axis))
+        for u in adapter.updates
+    )
+    notes: Sequence[str] = ()
+    if init == "paper":
+        notes = (
+            "m = ‖W‖, not ‖W + s·BA‖: where lora_B is not zero the merged weight is another than the LoRA's. Use it to "
+            "start a training, not to convert a trained adapter.",
+        )
+    made = replace(adapter, updates=updates)
+    ranks = [u.delta.rank if isinstance(u.delta, LowRank) else None for u in updates]
+    modules = [Module(u.module, u.delta.shape, r, r) for u, r in zip(updates, ranks, strict=True)]
+    return Outcome("to-dora", made, tuple(modules), tuple(notes))
+
+
+def _promised(shape: tuple[int, int], axis: Axis) -> Ref:
+    """A vector that nobody will load: binding wants its length and axis."""
+    return Ref((shape[0 if axis == "out" else 1],), "F32", lambda: torch.empty(0), "the magnitude to be computed")

@@ -1,0 +1,111 @@
+"""DoRA → LoRA: the best low-rank update of what the adapter really changes, with its error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import sqrt
+
+from ..adapter import Adapter, LowRank, Replacement, Update
+from ..binding import Binding, Bound, bind
+from ..checkpoint import Checkpoint, constant
+from ..dtypes import working
+from ..errors import InputError, TargetError
+from ..merging import Merged, Normed, norms
+from .outcome import Module, Outcome, by_module, measured
+from .ranks import Ranks
+from .subspace import Matrix, Progress, fits
+
+_ENOUGH = 0.95  # of the energy: below that it must be meant
+
+
+def to_lora(
+    adapters: Sequence[tuple[Adapter, float]],
+    base: Checkpoint,
+    ranks: Ranks,
+    *,
+    force: bool = False,
+    device: str = "cpu",
+    threads: int = 1,
+    seed: int = 0,
+    progress: Progress = lambda _: None,
+) -> Outcome:
+    """The best plain LoRA of the true change W' − W that the adapters make together, each with its strength.
+
+    Modules that are a plain LoRA stay as they are if only one adapter is given, with strength 1. Raises TargetError
+    where less than 95 % of the energy is kept, unless ``force``; FitError where adapters and base do not fit.
+    """
+    binding = bind(adapters, base)
+    alone = adapters[0][0] if len(adapters) == 1 and adapters[0][1] == 1.0 else None
+    merged = Merged(binding, device)
+    merged.prepare(threads)
+    old = {u.module: u for adapter, _ in adapters for u in adapter.updates}
+    doras = [u.module for u in old.values() if u.magnitude is not None]
+    todo = [module for module in old if alone is None or module in doras]
+    if not todo:
+        raise InputError("No module has a magnitude: the adapter is a plain LoRA already.")
+    places, turned = by_module(binding.bound), _turned(binding)
+    matrices = [
+        Matrix(u.module, places[u.module], u.kind, turned[u.module], u.kernel_size)
+        for u in (old[module] for module in todo)
+    ]
+    dropped = _without_magnitude(alone, binding, device, threads) if alone is not None else {}
+    made, totals = fits(
+        binding.base, merged, matrices, ranks, device=device, threads=threads, seed=seed, progress=progress
+    )
+    lows = {m.module: replace(old[m.module], delta=made[m.module], magnitude=None) for m in matrices}
+    first = adapters[0][0]
+    biases = {
+        f"{module}.bias": Replacement(constant(merged.read(name).reshape(-1).cpu(), name), shared=True)
+        for module, name in _following(binding).items()
+    }
+    adapter = replace(
+        first,
+        updates=tuple(lows.get(u.module, u) for u in old.values()),
+        replaced={**first.replaced, **biases},
+    )
+    modules = [
+        Module(m.module, m.shape(binding.base.tensors[m.name]), _rank(old[m.module]), _rank(lows[m.module]),
+               totals[m.module], dropped=dropped.get(m.module))
+        for m in matrices
+    ]  # fmt: skip
+    outcome = Outcome("to-lora", adapter, tuple(measured(modules, adapter, base, merged, places, device, threads)))
+    kept = outcome.total.kept if outcome.total is not None else None
+    if kept is not None and kept < _ENOUGH and not force:
+        lost = outcome.total.dropped if outcome.total is not None else None
+        delta = outcome.total.delta if outcome.total is not None else None
+        without = f" (leaving the magnitudes out would make an error of {lost / delta:.1%})" if lost and delta else ""
+        raise TargetError(
+            f"Only {kept:.1%} of the energy of the change is kept: the merged weight would be off by "
+            f"{sqrt(1 - kept):.1%} of what the adapter changes{without}. A higher rank keeps more; --force takes it as "
+            "it is. Without loss: merge the adapter; keep the full difference (LyCORIS .diff); or a LoRA with a scale "
+            "for each output, where the server can apply one."
+        )
+    return outcome
+
+
+def _rank(update: Update) -> int | None:
+    return update.delta.rank if isinstance(update.delta, LowRank) else None
+
+
+def _turned(binding: Binding) -> dict[str, bool]:
+    return {b.module: b.turned for name, bounds in binding.bound.items() for b in bounds if name.endswith("weight")}
+
+
+def _following(binding: Binding) -> Mapping[str, str]:
+    """Module → its bias, where the magnitude scales that too."""
+    return {b.module: name for name, bounds in binding.bound.items() for b in bounds if b.follows is not None}
+
+
+def _without_magnitude(adapter: Adapter, binding: Binding, device: str, threads: int) -> dict[str, float]:
+    """‖W' − V‖ = ‖m − ‖V‖‖ of every DoRA module, in closed form: the error of leaving m out."""
+    placed = {b.module: (n, b) for n, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}
+    vectors = {u.module: u.magnitude.vector for u in adapter.updates if u.magnitude is not None}
+
+    def wanted(name: str, b: Bound) -> Normed:
+        assert b.magnitude is not None
+        dtype = working(binding.base.tensors[name].dtype)
+        return Normed(name, b.magnitude.axis, lambda: b.delta.kernel(1.0, device, dtype))
+
+    found = norms(binding.base, {module: wanted(*at) for module, at in placed.items()}, threads, device)
+    return {module: float((vectors[module].load().double() - n.double().cpu()).norm()) for module, n in found}

@@ -1,0 +1,263 @@
+"""Another rank, another alpha: the same update, or the nearest of that rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import frexp, ldexp, sqrt
+
+import torch
+
+from ..adapter import Adapter, LowRank, Update
+from ..binding import Binding, bind
+from ..checkpoint import Checkpoint, Ref, blocks, constant, single_threaded, tiles
+from ..compare import distances
+from ..dtypes import to_torch, working
+from ..errors import FitError, InputError, UsageError
+from ..lowrank import factors, factors_of, padded, svd_of_product
+from ..merging import Merged, Normed, norms
+from .outcome import Module, Outcome, by_module
+from .ranks import Ranks, Spectrum
+
+Progress = Callable[[int], None]
+_ROUNDS = {"F32": 24, "F16": 11, "BF16": 8}  # significant bits
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """How much each row and column of a product counts: m / ‖V‖ of a DoRA along its axis."""
+
+    rows: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+
+def rescale(
+    adapter: Adapter,
+    ranks: Ranks | None = None,
+    *,
+    alpha: float | None = None,
+    rslora: bool | None = None,
+    dtype: str | None = None,
+    base: Checkpoint | None = None,
+    weighted: bool = False,
+    refit: bool = False,
+    device: str = "cpu",
+    threads: int = 1,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Change ranks, alpha or its rule. DoRA keeps its magnitudes, which preserves every norm of the merged weight.
+
+    Lower ranks are the best approximation of s·BA (thin QR and a rank × rank SVD, float64), higher ones are padded with
+    zeros. ``alpha``: lora_B takes what it changes. ``rslora``: which rule the written alpha follows; the update stays.
+    ``dtype``: how factors are stored (default: as they were if that is exact, else F32). ``base``: errors of the merged
+    weight; ``weighted`` truncates by them (DoRA's rows or columns count m/‖V‖ times); ``refit``: least-squares
+    magnitudes. ``progress``: parts done, of as many as there are modules.
+
+    Raises UsageError for options that contradict each other, FitError for ranks that no module can have, InputError for
+    NaN and Inf in the factors.
+    """
+    if (weighted or refit) and base is None:
+        raise UsageError("The magnitudes' weights and their refit need --base.")
+    if ranks is None and alpha is None and rslora is None and dtype is None:
+        raise UsageError("Say what is to change: a rank, energy, ratio or parameters, alpha, rslora, or the dtype.")
+    if alpha is not None and not 0 < abs(alpha) < 1e15:
+        raise UsageError(f"An alpha of {alpha:g} would erase the adapter or overflow.")
+    low = {u.module: u.delta for u in adapter.updates if isinstance(u.delta, LowRank)}
+    if not low:
+        raise InputError("The adapter has no low-rank update whose rank or alpha could change.")
+    if ranks is not None:
+        ranks.check({module: delta.shape for module, delta in low.items()})
+    weights = _weights(adapter, base, device, threads) if weighted and base is not None else {}
+    updates, modules = dict[str, Update](), list[Module]()
+    chosen = _choose(low, ranks, weights, threads) if ranks is not None and ranks.parameters is not None else None
+
+    def one(update: Update) -> tuple[Update, Module]:
+        single_threaded()
+        assert isinstance(update.delta, LowRank)
+        delta, error, norm = update.delta, None, None
+        if ranks is not None:
+            delta, norm, error = _at_rank(update, ranks, chosen, weights.get(update.module, _Weights()))
+        before = update.delta.rank
+        return replace(update, delta=delta), Module(update.module, delta.shape, before, delta.rank, norm, error)
+
+    todo = [u for u in adapter.updates if u.module in low]
+    for update, (changed, module) in blocks(todo, one, threads):
+        updates[update.module] = changed
+        modules.append(module)
+        if progress is not None:
+            progress(1)
+    order = {u.module: i for i, u in enumerate(adapter.updates)}
+    modules.sort(key=lambda m: order[m.module])
+    rule = rslora if rslora is not None else adapter.rslora
+    made = replace(
+        adapter,
+        updates=tuple(_stored(updates.get(u.module, u), alpha, bool(rule), dtype) for u in adapter.updates),
+        rslora=rule,
+    )
+    notes: tuple[str, ...] = ()
+    if base is not None:
+        old, new = bind([(adapter, 1.0)], base), bind([(made, 1.0)], base)
+        if refit:
+            made = _refitted(made, old, new, device, threads)
+            new = bind([(made, 1.0)], base)
+        modules = _measured(modules, old, new, device, threads)
+        notes = ("Errors are those of the merged weight, against its change by the adapter.",)
+    return Outcome("rescale", made, tuple(modules), notes)
+
+
+def _loaded(delta: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B. Raises InputError for NaN and Inf."""
+    found = []
+    for promise in (delta.lora_A, delta.lora_B):
+        values = promise.load()
+        if not bool(values.isfinite().all()):
+            raise InputError(f"{promise.key} holds NaN or Inf: the training diverged or the file is damaged.")
+        found.append(values)
+    return found[0], found[1]
+
+
+def _svd(delta: LowRank, weights: _Weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    a, b = _loaded(delta)
+    return svd_of_product(a, b, delta.scaling, weights.rows, weights.columns)
+
+
+def _choose(low: Mapping[str, LowRank], ranks: Ranks, weights: Mapping[str, _Weights], threads: int) -> dict[str, int]:
+    """Ranks under a budget, which the spectra of all modules share."""
+
+    def spectrum(item: tuple[str, LowRank]) -> Spectrum:
+        single_threaded()
+        values = _svd(item[1], weights.get(item[0], _Weights()))[1]
+        return Spectrum(values.tolist(), float(values.square().sum()), item[1].shape)
+
+    found = {module: s for (module, _), s in blocks(low.items(), spectrum, threads)}
+    return ranks.choose({module: found[module] for module in low})
+
+
+def _at_rank(
+    update: Update, ranks: Ranks, chosen: Mapping[str, int] | None, weights: _Weights
+) -> tuple[LowRank, float, float]:
+    """The update at its new rank, ‖s·BA‖, and the norm of what is lost of it."""
+    delta = update.delta
+    assert isinstance(delta, LowRank)
+    rank = chosen[update.module] if chosen is not None else ranks.rank and min(ranks.rank, *delta.shape)
+    if rank is not None and rank >= delta.rank:
+        a, b = _loaded(delta)
+        norm = float(svd_of_product(a, b, delta.scaling)[1].square().sum().sqrt())
+        if rank == delta.rank:
+            return delta, norm, 0.0
+        wide, tall = padded(a, b, rank)
+        return replace(delta, lora_A=_as(wide, delta.lora_A), lora_B=_as(tall, delta.lora_B)), norm, 0.0
+    u, values, vt = _svd(delta, weights)
+    norm = float(values.square().sum().sqrt())
+    if rank is None:
+        rank = ranks.of(Spectrum(values.tolist(), norm**2, delta.shape)) or 1
+        if rank >= delta.rank:
+            return delta, norm, 0.0
+    a, b = factors_of(u, values, vt, rank, weights.rows, weights.columns)
+    source = f"1, in the factors (rank {delta.rank} → {rank})"
+    made = LowRank(constant(a, delta.lora_A.key), constant(b, delta.lora_B.key), 1.0, source)
+    return made, norm, float(values[rank:].square().sum().sqrt())
+
+
+def _as(values: torch.Tensor, like: Ref) -> Ref:
+    """In the stored type of another tensor, which holds these values exactly."""
+    return replace(constant(values, like.key), dtype=like.kept)
+
+
+def _stored(update: Update, alpha: float | None, rslora: bool, dtype: str | None) -> Update:
+    """An update with the scaling that ``alpha`` gives, lora_B taking the difference, and factors of a stored type."""
+    delta = update.delta
+    if not isinstance(delta, LowRank):
+        return update
+    if alpha is not None:
+        scaling = alpha / (sqrt(delta.rank) if rslora else delta.rank)
+        source = f"{alpha:g}/{'√' * rslora}{delta.rank}, as asked for"
+        delta = replace(delta, lora_B=delta.lora_B.times(delta.scaling / scaling), scaling=scaling, source=source)
+    if dtype is not None:
+        a, b = _balanced(*_loaded(delta), _ROUNDS[dtype])
+        limit = torch.finfo(to_torch(dtype)).max
+        if max(float(a.abs().max()), float(b.abs().max())) > limit:
+            raise FitError(f"{update.module}: its factors are too large for {dtype}.")
+        rounded = (constant(x.to(to_torch(dtype)), promise.key)
+                   for x, promise in ((a, delta.lora_A), (b, delta.lora_B)))  # fmt: skip
+        lora_A, lora_B = rounded
+        delta = replace(delta, lora_A=lora_A, lora_B=lora_B)
+    return replace(update, delta=delta)
+
+
+def _balanced(a: torch.Tensor, b: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same product with factors of like size: a power of two from one to the other, which rounds nothing."""
+    largest = [float(x.abs().max()) for x in (a, b)]
+    if bits == 24 or 0.0 in largest:
+        return a, b
+    shift = (frexp(largest[0])[1] - frexp(largest[1])[1]) // 2
+    return a * ldexp(1.0, -shift), b * ldexp(1.0, shift)
+
+
+def _weights(adapter: Adapter, base: Checkpoint, device: str, threads: int) -> dict[str, _Weights]:
+    """m / ‖V‖ of every DoRA module, by its rows or columns as the update has them."""
+    binding = bind([(adapter, 1.0)], base)
+    found: dict[str, _Weights] = {}
+    placed = {b.module: (n, b) for n, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}
+    wanted = {
+        module: Normed(
+            name,
+            b.magnitude.axis if b.magnitude else "out",
+            partial(b.delta.kernel, 1.0, device, working(binding.base.tensors[name].dtype)),
+        )
+        for module, (name, b) in placed.items()
+    }
+    own = {u.module: u.magnitude for u in adapter.updates if u.magnitude is not None}
+    for module, n in norms(binding.base, wanted, threads, device):
+        m = own[module]
+        ratio, _ = factors(m.vector.load().to(n), n, m.eps, m.eps_rule)
+        ratio = ratio.abs().clamp_min(1e-12 * float(ratio.abs().max())).cpu()  # a row of m = 0 would divide by 0
+        found[module] = _Weights(rows=ratio) if m.axis == "out" else _Weights(columns=ratio)
+    return found
+
+
+def _refitted(made: Adapter, old: Binding, new: Binding, device: str, threads: int) -> Adapter:
+    """Magnitudes ⟨w', v_k⟩ / ‖v_k‖, with w' of the old adapter and v_k without magnitude of the new one."""
+    before = Merged(old, device)
+    bare = {n: tuple(replace(b, magnitude=None) for b in bounds) for n, bounds in new.bound.items()}
+    after = Merged(replace(new, bound=bare), device)
+    before.prepare(threads)
+    placed = {b.module: (n, b) for n, bounds in new.bound.items() for b in bounds if b.magnitude is not None}
+
+    def one(item: tuple[str, tuple[str, object]]) -> torch.Tensor:
+        single_threaded()
+        name, b = placed[item[0]]
+        along_rows = b.magnitude is not None and b.magnitude.axis == "out"
+        dots, squares = list[torch.Tensor](), list[torch.Tensor]()
+        for first, last in tiles(before.tensors[name]):
+            w, v = before.read(name, first, last).double(), after.read(name, first, last).double()
+            dots.append((w * v).sum(1 if along_rows else 0))
+            squares.append(v.square().sum(1 if along_rows else 0))
+        total = torch.cat if along_rows else lambda parts: torch.stack(parts).sum(0)
+        n = total(squares).sqrt()
+        return torch.where(n > 0, total(dots) / n, torch.zeros_like(n)).float().cpu()
+
+    fitted = {module: vector for (module, _), vector in blocks(placed.items(), one, threads)}
+    return replace(
+        made,
+        updates=tuple(
+            replace(u, magnitude=replace(u.magnitude, vector=constant(fitted[u.module], u.magnitude.vector.key)))
+            if u.magnitude is not None
+            else u
+            for u in made.updates
+        ),
+    )
+
+
+def _measured(modules: list[Module], old: Binding, new: Binding, device: str, threads: int) -> list[Module]:
+    """Errors of the merged weight, and how much the adapter changed it at all."""
+    places = by_module(old.bound)
+    names = [places[m.module] for m in modules]
+    target = Merged(old, device)
+    apart = distances(Merged(new, device), target, names, threads, device)
+    change = distances(old.base, target, names, threads, device)
+    return [
+        replace(m, error=apart[n].difference, weight=apart[n].size, delta=change[n].difference)
+        for m, n in zip(modules, names, strict=True)
+    ]
