@@ -8,13 +8,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
+    from .api import combine as combine
     from .api import convert as convert
+    from .api import extract as extract
     from .api import inspect as inspect
     from .api import merge as merge
     from .api import merged as merged
     from .api import open_checkpoint as open_checkpoint
     from .api import plan_merge as plan_merge
     from .api import read_adapter as read_adapter
+    from .api import rescale as rescale
+    from .api import to_dora as to_dora
+    from .api import to_lora as to_lora
     from .api import write_adapter as write_adapter
     from .errors import DoraToolsError as DoraToolsError
     from .formats import Given as Given
@@ -23,6 +28,11 @@ _HOMES = {
     "Adapter": "adapter",
     "DoraToolsError": "errors",
     "Given": "formats",
+    "combine": "api",
+    "extract": "api",
+    "rescale": "api",
+    "to_dora": "api",
+    "to_lora": "api",
     "convert": "api",
     "inspect": "api",
     "merge": "api",

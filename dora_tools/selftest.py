@@ -11,12 +11,24 @@ from .adapter import Adapter
 from .binding import bind
 from .checkpoint import Checkpoint, Tensors, constant
 from .errors import InputError, TargetError
-from .formats import Example, Format, Given
+from .formats import Example, Format, Given, named
 
 if TYPE_CHECKING:
     import torch
 
 CLOSE = 1e-5  # of the largest merged number; float32, and numbers that a person typed
+
+
+def check_table(name: str | None) -> bool:
+    """Run the self-test of a user's table (``FILE.toml``), which is done before every use. False where there is none.
+
+    Raises InputError with what differs, UsageError for an unknown name.
+    """
+    format = named(name) if name is not None and name.endswith(".toml") else None
+    if name is None or format is None or format.example is None:
+        return False
+    check(format, format.example, name)
+    return True
 
 
 def check(format: Format, example: Example, name: str) -> None:

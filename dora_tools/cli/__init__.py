@@ -19,6 +19,11 @@ from ..errors import DoraToolsError
 COMMANDS = {
     "merge": "Merge adapters into the dense weights of a model.",
     "convert": "Convert an adapter to another tool's format.",
+    "to-dora": "Turn a LoRA into a DoRA of the same merged weight.",
+    "to-lora": "Turn a DoRA into the best plain LoRA, with its error.",
+    "rescale": "Change rank or alpha.",
+    "combine": "Make several adapters one.",
+    "extract": "Find the adapter between two models.",
     "inspect": "Show what is in an adapter.",
     "formats": "List the adapter formats that can be read and written.",
 }
@@ -33,7 +38,7 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -16,8 +16,8 @@ def command(table: str | None) -> None:
         can = "read, write" if format.write else "read"
         click.echo(f"{format.name:<12} {can:<12} {format.about}")
     if table is not None:
-        from .. import api
+        from ..selftest import check_table
 
         if not table.endswith(".toml"):
             return
-        click.echo("Its [test] gives the expected weights." if api.check_format(table) else "It has no [test].")
+        click.echo("Its [test] gives the expected weights." if check_table(table) else "It has no [test].")

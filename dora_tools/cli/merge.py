@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..layout import human
-from .options import reading
+from .options import computing, progress, reading
 
 if TYPE_CHECKING:
     from ..api import MergePlan
@@ -30,9 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", metavar="TYPE", help="Write floating weights as float32, bfloat16 or float16. Default: as BASE."
 )
-@click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1 or auto.")
 @click.option("--max-shard-size", metavar="SIZE", help="Deal the weights out again, e.g. 5GB.")
-@click.option("--threads", type=click.IntRange(1, 64), help="Worker threads. Default: one for each core, at most 8.")
 @click.option("--stats", is_flag=True, help="Measure each tensor's relative change ‖W'−W‖/‖W‖ and print the table.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 @click.option(
@@ -40,6 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Merge although the adapter or a result holds NaN or Inf.")
 @click.option("--json", "as_json", is_flag=True, help="Print a report as JSON (a versioned schema) on stdout.")
+@computing
 @reading
 def command(
     adapters: tuple[str, ...],
@@ -59,19 +54,13 @@ def command(
     from .. import api
 
     weights: Any = strength[0] if len(strength) == 1 else list(strength) or 1.0
-    if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
-        raise click.UsageError(f"'{device}' is no device; use cpu, cuda, cuda:1 or auto.")
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = api.plan_merge(list(adapters), base, out, strength=weights, device=device, **options)
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     result, seconds = None, 0.0
     if not dry_run:
         start = time.monotonic()
-        with _progress(plan.layout.size) as advance:
+        with progress("merging", plan.layout.size) as advance:
             result = plan.run(advance)
         seconds = time.monotonic() - start
     if as_json:
@@ -80,35 +69,6 @@ def command(
         click.echo(json.dumps(_report(plan, result, dry_run, seconds), ensure_ascii=False))
     else:
         _print(plan, result, dry_run, seconds, options["stats"])
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar in bytes with rate and time left on a terminal; else a plain line for each tenth of a long run."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress("merging", *columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("merging", total=total)
-            yield lambda count: bar.advance(task, count)
-        return
-    done, start, said = 0, time.monotonic(), 0
-
-    def advance(count: int) -> None:
-        nonlocal done, said
-        done += count
-        elapsed = time.monotonic() - start
-        if elapsed > 5 and done * 10 // total > said and done < total:
-            said = done * 10 // total
-            rate = done / elapsed
-            click.echo(
-                f"merging: {said * 10} % of {human(total)}, {human(rate)}/s, {(total - done) / rate:.0f} s left",
-                err=True,
-            )
-
-    yield advance
 
 
 def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float) -> dict[str, Any]:

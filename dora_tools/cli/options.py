@@ -1,12 +1,21 @@
-"""Options that several commands share: how to read an adapter that does not say everything."""
+"""Options that several commands share: how to read an adapter, where to compute, which ranks, what to write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from ..layout import human
+
+if TYPE_CHECKING:
+    from ..operations.outcome import Outcome
 
 _RULES = ["alpha", "alpha/rank", "rslora", "one"]
 
@@ -61,3 +70,126 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         gathered = option(gathered)
     return gathered
+
+
+def computing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--device`` and ``--threads``; the command gets a device that torch knows."""
+
+    @wraps(command)
+    def gathered(*args: Any, device: str, **options: Any) -> Any:
+        if not re.fullmatch(r"cpu|auto|cuda(:\d+)?", device):
+            raise click.UsageError(f"'{device}' is no device; use cpu, cuda, cuda:1 or auto.")
+        if device == "auto":
+            import torch
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return command(*args, device=device, **options)
+
+    threads = "Worker threads. Default: one for each core, at most 8."
+    for option in (
+        click.option("--threads", type=click.IntRange(1, 64), help=threads),
+        click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu, cuda, cuda:1 or auto."),
+    ):
+        gathered = option(gathered)
+    return gathered
+
+
+_COUNTS = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+def _count(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGB]?)", text.strip().upper())
+    if match is None:
+        raise click.BadParameter(f"'{text}' is no number of parameters; write 500000 or 20M.")
+    return int(float(match[1]) * _COUNTS.get(match[2], 1))
+
+
+def ranks(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the ways to say a rank; the command gets ``ranks``, keyword arguments of ``Ranks``."""
+
+    @wraps(command)
+    def gathered(*args: Any, max_rank: int | None, **options: Any) -> Any:
+        chosen = {name: options.pop(name) for name in ("rank", "energy", "ratio", "parameters")}
+        return command(*args, ranks={**chosen, "most": max_rank}, **options)
+
+    for option in (
+        click.option("--max-rank", type=int, metavar="R", help="With one of the other three: no rank above this."),
+        click.option("--parameters", metavar="N", callback=_count, help="A budget for the adapter, e.g. 20M, spread."),
+        click.option("--ratio", type=float, metavar="T", help="Singular values above the largest divided by T."),
+        click.option("--energy", type=float, metavar="E", help="The least rank that keeps this part of the energy."),
+        click.option("--rank", type=int, metavar="R", help="This rank for every module."),
+    ):
+        gathered = option(gathered)
+    return gathered
+
+
+def writing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add where to write the adapter that the command returns, and write it: it gives (outcome, paths it read)."""
+
+    @wraps(command)
+    def gathered(*args: Any, out: str, to: str, force: bool, as_json: bool, **options: Any) -> None:
+        from pathlib import Path
+
+        from .. import api
+
+        outcome, read = command(*args, force=force, **options)
+        sources = [Path(path) for path in read if path is not None and Path(path).exists()]
+        notes = api.write_adapter(outcome.adapter, out, to, force, sources)
+        _say(outcome, notes, out, to, as_json)
+
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print a report as JSON (a versioned schema) on stdout."),
+        click.option("--force", is_flag=True, help="Write into a directory that is not empty; take what is refused."),
+        click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="The format to write."),
+        click.option("-o", "--out", required=True, metavar="OUT", help="Directory to write."),
+    ):
+        gathered = option(gathered)
+    return gathered
+
+
+def _say(outcome: Outcome, notes: tuple[str, ...], out: str, to: str, as_json: bool) -> None:
+    from rich.console import Console
+
+    said = [*outcome.adapter.notes, *outcome.notes, *notes]
+    for note in said:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        import json
+
+        click.echo(json.dumps({**outcome.as_json(), "out": out, "format": to, "notes": said}, ensure_ascii=False))
+    else:
+        console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+        for part in outcome.table():
+            console.print(part)
+    click.echo(f"Wrote {to} to {out}.", err=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Called with bytes: a bar with rate and time left on a terminal; else a line for each tenth of a long run."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(what, *columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, start, said = 0, time.monotonic(), 0
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        elapsed = time.monotonic() - start
+        if elapsed > 5 and done * 10 // total > said and done < total:
+            said = done * 10 // total
+            rate = done / elapsed
+            click.echo(
+                f"{what}: {said * 10} % of {human(total)}, {human(rate)}/s, {(total - done) / rate:.0f} s left",
+                err=True,
+            )
+
+    yield advance
