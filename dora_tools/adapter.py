@@ -237,10 +237,6 @@ class Magnitude:
             raise InputError(f"{self.vector.key}: a magnitude is a vector, not of shape {list(self.vector.shape)}.")
         if not DTYPES[self.vector.dtype].floating:
             raise InputError(f"{self.vector.key} is stored as {self.vector.dtype}; a magnitude holds fractions.")
-        if self.scales_bias and self.axis == "in":
-            raise InputError(
-                f"{self.vector.key}: a magnitude for each input cannot scale the bias, which is an output."
-            )
 
     def turned(self) -> Magnitude:
         return replace(self, axis="in" if self.axis == "out" else "out")
@@ -252,7 +248,8 @@ class Update:
 
     ``module`` is the path in the model as it was trained. ``bias`` is added to the module's bias, already scaled.
     ``kernel_size`` is (in, k, …) of a conv weight, whose factors are given flat. An embedding is (out = dim,
-    in = vocabulary). ``transposed`` says what the adapter claims of the base: True for a weight stored (in, out).
+    in = vocabulary). ``transposed`` says what the adapter claims of the base: True for a weight stored (in, out);
+    ``told``: of this very layer, so that it stands where shapes cannot tell.
     """
 
     module: str
@@ -262,10 +259,15 @@ class Update:
     kind: Kind = "linear"
     kernel_size: tuple[int, ...] = ()
     transposed: bool | None = None
+    told: bool = False
 
     def __post_init__(self) -> None:
         out, in_ = self.delta.shape
         if self.magnitude is not None:
+            if self.magnitude.scales_bias and self.magnitude.axis == "in":
+                raise InputError(
+                    f"{self.magnitude.vector.key}: a magnitude for each input cannot scale a bias, which is of outputs."
+                )
             expected = out if self.magnitude.axis == "out" else in_
             found = self.magnitude.vector.shape[0]
             if expected not in (found, -1):

@@ -65,6 +65,8 @@ class _Plan:
     replaced: dict[str, Replacement] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    touched: dict[str, set[int]] = field(default_factory=dict)  # which of the adapters update a tensor
+    owners: dict[str, int] = field(default_factory=dict)  # which of them replaces it
     trained_on: str = ""
     task: str | None = None
 
@@ -90,7 +92,7 @@ class _Plan:
         ties = ties_of(self.architecture, self.task)
         if ties is None:
             return None
-        pairs = {self.places.spelled(tied): self.places.spelled(source) for tied, source in ties.items()}
+        pairs = {self.places.own(tied): self.places.own(source) for tied, source in ties.items()}
         known = self.base.tensors  # a file may hold either end
         return {
             t if s in known or t not in known else s: s if s in known or t not in known else t for t, s in pairs.items()
@@ -120,8 +122,9 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding
             "or a dequantised copy."
         )
     plan = _Plan(base, {k: dict(v) if isinstance(v, dict) else v for k, v in original.items()})
-    for adapter, strength in adapters:
-        _place(adapter, strength, plan)
+    for number, (adapter, strength) in enumerate(adapters):
+        _place(adapter, strength, plan, number)
+    _refuse_mixtures(plan)
     _resolve_ties(plan)
     _fit_vocabulary(plan)
     _fit_labels(plan)
@@ -142,7 +145,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding
     )
 
 
-def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
+def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
     """Give every name of the adapter its name in the base, or refuse them all together."""
     known = plan.base.tensors
     if adapter.base_model:
@@ -164,6 +167,7 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
             raise FitError(f"{placed[name]} and {update.module} of the adapter are both {name} in the base.")
         placed[name] = update.module
         plan.updates.setdefault(name, []).append((update, strength))
+        plan.touched.setdefault(name, set()).add(number)
         if update.bias is not None:
             bias = name.removesuffix("weight") + "bias"
             if bias not in known:
@@ -173,6 +177,9 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
                 )
             delta = Dense(update.bias.reshape(-1, 1))
             plan.updates.setdefault(bias, []).append((Update(update.module, delta), strength))
+            plan.touched.setdefault(bias, set()).add(number)
+        if update.magnitude is not None and update.magnitude.scales_bias:
+            plan.touched.setdefault(name.removesuffix("weight") + "bias", set()).add(number)
     for original, replacement in adapter.replaced.items():
         name = plan.places.place(original, rule)
         of_task = bool(TASK_HEADS & {*name.split(".")}) and not replacement.shared
@@ -184,6 +191,7 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
             continue
         if name in plan.replaced:
             raise FitError(f"Two of the adapters replace {name} with tensors of their own; only one can be merged.")
+        plan.owners[name] = number
         if strength != 1.0:
             _interpolate(name, replacement, strength, plan)
             continue
@@ -194,10 +202,25 @@ def _place(adapter: Adapter, strength: float, plan: _Plan) -> None:
         raise FitError(_unplaced_sentence(unplaced, len(weights) + len(adapter.replaced), plan))
 
 
+def _refuse_mixtures(plan: _Plan) -> None:
+    """Every adapter is merged from the pristine base, which another adapter's replacement of the tensor is not."""
+    for name, owner in plan.owners.items():
+        others = plan.touched.get(name, set()) - {owner}
+        if others:
+            raise FitError(
+                f"{name} is saved whole by one of the adapters and changed by another, which was trained on the "
+                "base's. Merge them one after the other, if the second was trained on the first."
+            )
+
+
 def _interpolate(name: str, replacement: Replacement, strength: float, plan: _Plan) -> None:
     """A replacement by ``strength``, W + w (R − W): of W's shape, without DoRA on top, and not of a tied weight."""
     info, shape = plan.base.tensors.get(name), replacement.tensor.shape
+    if info is not None and len(shape) == 1 and info.shape == shape and _is_the_base_s(name, replacement, plan):
+        return  # frozen, and saved with the rest
+    weight = plan.updates.get(name.removesuffix("bias") + "weight", ())
     dora = any(update.magnitude is not None for update, _ in plan.updates.get(name, ()))
+    dora |= any(u.magnitude is not None and u.magnitude.scales_bias for u, _ in weight)
     ties = {} if plan.tied_off else plan.ties or {}
     if info is None or info.shape != shape or dora or (replacement.shared and name in {*ties, *ties.values()}):
         why = (
@@ -212,6 +235,10 @@ def _interpolate(name: str, replacement: Replacement, strength: float, plan: _Pl
         )
     toward = Toward(replacement.tensor, (info.rows, info.width))
     plan.updates.setdefault(name, []).append((Update(name, toward, kind="whole"), strength))
+
+
+def _is_the_base_s(name: str, replacement: Replacement, plan: _Plan) -> bool:
+    return bool((plan.base.read(name).reshape(-1) == replacement.tensor.load().reshape(-1)).all())
 
 
 def _unplaced_sentence(unplaced: list[str], total: int, plan: _Plan) -> str:
@@ -457,6 +484,8 @@ def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, 
         all_conv1d = plan.model_type in CONV1D_MODELS and not any(isinstance(v, dict) for v in plan.config.values())
         if conv1d and (by_name or not (all_conv1d and update.transposed)):
             return by_name
+        if update.told:
+            return bool(update.transposed)
         alike = {turn for named, turn in seen if named == by_name}
         if len(alike) == 1 and not conv1d:
             return alike == {True}

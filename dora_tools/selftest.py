@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter import Adapter
 from .binding import bind
 from .checkpoint import Checkpoint, Tensors, constant
-from .errors import InputError, TargetError
+from .errors import DoraToolsError, InputError, TargetError
 from .formats import Example, Format, Given, named
 
 if TYPE_CHECKING:
@@ -27,7 +27,11 @@ def check_table(name: str | None) -> bool:
     format = named(name) if name is not None and name.endswith(".toml") else None
     if name is None or format is None or format.example is None:
         return False
-    check(format, format.example, name)
+    try:
+        check(format, format.example, name)
+    except DoraToolsError as error:
+        where = "" if "[test]" in str(error) else f"The [test] of {name}: "
+        raise InputError(f"{where}{error}") from error
     return True
 
 
@@ -40,7 +44,7 @@ def check(format: Format, example: Example, name: str) -> None:
         base = Tensors(_held(example.base)) if example.base else None
         expected = _held(example.merged)
         given = Given(**example.given, base=(lambda: base) if base else None)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InputError(f"{where}: {error}.") from error
     reading = format.read(tensors, given)
     home = base or reading.base
@@ -61,7 +65,11 @@ def check(format: Format, example: Example, name: str) -> None:
 def _held(tensors: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
-    return {name: constant(torch.tensor(values, dtype=torch.float32), name) for name, values in tensors.items()}
+    found = {name: torch.tensor(values, dtype=torch.float32) for name, values in tensors.items()}
+    odd = next((name for name, values in found.items() if not bool(values.isfinite().all())), None)
+    if odd is not None:
+        raise ValueError(f"{odd} holds NaN or Inf")
+    return {name: constant(values, name) for name, values in found.items()}
 
 
 def _refs(checkpoint: Checkpoint) -> Mapping[str, Any]:

@@ -129,7 +129,7 @@ dims = ["out", "rank"]
         (('role = "lora_A"', 'role = "factor"'), "a role of"),
         (('"rank", "in"]', '"rank", "width"]'), "dimension 'width'"),
         (("(?P<module>.+)\\.a", "(.+)\\.a"), "needs a group"),
-        (("(?P<module>.+)\\.a", "(?P<module>.+"), "is broken"),
+        (("(?P<module>.+)\\.a", "(?P<module>.+"), "broken pattern"),
         (('dims = ["rank", "in"]', 'dims = ["rank", "in"]\ntypo = 1'), "has no 'typo'"),
         (('role = "lora_B"', 'role = "base"'), "lora_A and lora_B"),
     ],

@@ -267,7 +267,7 @@ def test_tensors_outside_the_adapted_network_are_left_out_under_any_attribute(
     merge = ["merge", str(tmp_path / "g.ckpt"), "--base", str(tmp_path / "base"), "-o", str(tmp_path / "out")]
     assert main(merge) == 0, "use_rslora is a rule"
     said = capsys.readouterr().err
-    assert "the adapter's 'generator.…'" in said
+    assert "checkpoint's 'generator.…'" in said
     assert "left out temperature" in said
     recorded = json.loads((tmp_path / "out" / "dora_tools.json").read_text())["adapters"][0]["scaling"]
     assert recorded == [{"value": 4 / 2**0.5, "source": "4/√2, hyper_parameters.alpha", "modules": 2}]

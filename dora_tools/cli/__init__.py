@@ -101,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     except MemoryError as error:
         return _say(error, "Memory ran out. Fewer --threads need less.", 6)
     except Exception as error:
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+            return _say(error, "Memory ran out. Fewer --threads need less.", 6)
         return _say(error, f"Unexpected {type(error).__name__}: {error}. This is a bug in dora-tools.", 1)
 
 

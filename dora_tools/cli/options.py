@@ -42,17 +42,27 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
         enable_lora: tuple[str, ...],
         saved_in: Any,
         prefix: str,
+        fan_in_fan_out: bool | None,
         **options: Any,
     ) -> Any:
         from ..formats import Given
 
         flags = dict(_flags(text) for text in enable_lora)
+        if len(flags) < len(enable_lora):
+            raise click.UsageError("--enable-lora says two things of the same layers.")
         return command(
-            *args, given=Given(alpha, scaling, scale_rule, magnitude_axis, flags, saved_in, prefix), **options
+            *args,
+            given=Given(alpha, scaling, scale_rule, magnitude_axis, flags, saved_in, fan_in_fan_out, prefix),
+            **options,
         )
 
     for option in (
         click.option("--prefix", default="", metavar="PREFIX", help="What stands before the adapted network's names."),
+        click.option(
+            "--fan-in-fan-out/--no-fan-in-fan-out",
+            default=None,
+            help="Whether the base stores square weights of the adapted layers as (in, out).",
+        ),
         click.option("--saved-in", type=click.Choice(["train", "eval"]), help="The mode of loralib's layers then."),
         click.option(
             "--enable-lora",

@@ -36,14 +36,18 @@ def open_checkpoint(path: Path, patterns: Iterable[str] = (*ADAPTER_FILES, *BASE
 
         if dcp.is_dcp(path):
             return _joined([dcp.open_dcp(path)], _documents(path))
-        chosen = _choose(path, patterns)
-        beside = path / TRAINED_BESIDE
-        if chosen.name in ADAPTER_FILES and beside.is_file():
-            return _joined([_open_file(file, path) for file in (chosen, beside)], _documents(path))
-        return _open_file(chosen, path)
+        return _with_trained(_choose(path, patterns))
     if not path.exists():
         raise InputError(f"{path} does not exist.")
-    return _open_file(path, path.parent)
+    return _with_trained(path)
+
+
+def _with_trained(path: Path) -> Checkpoint:
+    """A file; of an adapter also what its training wrote beside it."""
+    beside = path.parent / TRAINED_BESIDE
+    if path.name not in ADAPTER_FILES or not beside.exists():
+        return _open_file(path, path.parent)
+    return _joined([_open_file(file, path.parent) for file in (path, beside)], _documents(path.parent))
 
 
 def _choose(folder: Path, patterns: Iterable[str]) -> Path:
@@ -74,6 +78,10 @@ def _open_file(path: Path, folder: Path) -> Checkpoint:
 
         table = safetensors.read_index(path)
         parts = [open_torch(shard) for shard in safetensors.shard_paths(path, table["weight_map"])]
+        there = {name for part in parts for name in (*part.tensors, *part.metadata.get("opaque", {}))}
+        absent = [name for name in table["weight_map"] if name not in there]
+        if absent:
+            raise InputError(f"{path.name} lists {len(absent)} tensors that no shard holds (first: {absent[0]}).")
         return _joined(parts, {**documents, "index": (path.name, table.get("metadata"))})
     if path.name.endswith(".index.json"):
         return safetensors.open_index(path, documents)
@@ -103,6 +111,7 @@ def _joined(parts: Iterable[Checkpoint], documents: Mapping[str, Any]) -> Checkp
         raise InputError(f"{len(twice)} tensors are in two of the files (first: {twice[0]}); which one counts?")
     sources = {name: (part, name) for part in parts for name in part.tensors}
     metadata: dict[str, Any] = {key: value for part in parts for key, value in part.metadata.items()}
+    metadata["opaque"] = {key: value for part in parts for key, value in part.metadata.get("opaque", {}).items()}
     tensors = {name: info for part in parts for name, info in part.tensors.items()}
     return View(sources, tensors, metadata | dict(documents))
 

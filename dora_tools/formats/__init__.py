@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +29,9 @@ class Given:
     """What the user says of a file that it does not record: alpha and the rule, or the scaling itself; m's axis.
 
     ``enable_lora``: which parts of a fused layer have factors, by the end of its path ("" for all). ``saved_in``: the
-    mode of layers that merge themselves on eval. ``prefix``: what stands before the adapted network's names. ``base``
-    opens the base, for what only its shapes tell. ``inside``: the format inside a wrapper.
+    mode of layers that merge themselves on eval. ``fan_in_fan_out``: square weights are stored (in, out). ``prefix``:
+    what stands before the adapted network's names. ``base`` opens the base, for what only its shapes tell. ``inside``:
+    the format inside a wrapper.
     """
 
     alpha: float | None = None
@@ -38,6 +40,7 @@ class Given:
     magnitude_axis: Axis | None = None
     enable_lora: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     saved_in: Literal["train", "eval"] | None = None
+    fan_in_fan_out: bool | None = None
     prefix: str = ""
     base: Callable[[], Checkpoint] | None = None
     inside: str | None = None
@@ -49,6 +52,11 @@ class Given:
             raise UsageError(
                 "--scaling is the number that is multiplied; it leaves nothing for --alpha or --scale-rule."
             )
+        for name, value in (("--alpha", self.alpha), ("--scaling", self.scaling)):
+            if value is not None and not (isfinite(value) and 1e-30 < abs(value) < 1e30):
+                raise UsageError(f"{name} {value:g} would erase the adapter or overflow.")
+        if self.alpha is not None and self.alpha < 0:
+            raise UsageError(f"--alpha is a positive number, not {self.alpha:g}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +73,21 @@ class Reading:
     merged: bool | None = False
     doubt: str = ""
 
-    def within(self, prefix: str) -> Reading:
-        """The network whose names begin with ``prefix``, without it; what is outside is left out."""
+    def within(self, prefix: str, beside: Collection[str] = ()) -> Reading:
+        """The network whose names begin with ``prefix``, without it. What is neither in it nor ``beside`` is left out."""
         adapter, base = self.adapter, self.base
         names = [*adapter.replaced, *(base.tensors if base else ()), *(u.module + "." for u in adapter.updates)]
-        outside = {n.rstrip("."): f"not in the adapted network ({prefix}…)" for n in names if not n.startswith(prefix)}
+        out = [name for name in names if not name.startswith(prefix) and name not in beside]
+        outside = {n.rstrip("."): f"not in the adapted network ({prefix}…)" for n in out}
         updates = tuple(replace(u, module=u.module.removeprefix(prefix)) for u in adapter.updates
                         if u.module.startswith(prefix))  # fmt: skip
-        replaced = {n.removeprefix(prefix): r for n, r in adapter.replaced.items() if n.startswith(prefix)}
+        inner = {n: n.removeprefix(prefix) for n in names if n.startswith(prefix) or n in beside}
+        replaced = {inner[n]: r for n, r in adapter.replaced.items() if n in inner}
         if base is not None:
-            inside = [name for name in base.tensors if name.startswith(prefix)]
+            inside = [name for name in base.tensors if name in inner]
             base = View(
-                {name.removeprefix(prefix): (base, name) for name in inside},
-                {name.removeprefix(prefix): base.tensors[name] for name in inside},
+                {inner[name]: (base, name) for name in inside},
+                {inner[name]: base.tensors[name] for name in inside},
                 base.metadata,
             )
         note = f"The network is the checkpoint's '{prefix}…'; its names are given without that."
@@ -162,15 +172,34 @@ def read(checkpoint: Checkpoint, where: str, name: str | None = None, given: Giv
     for candidate in formats().values():
         if candidate.unwraps and candidate.sniff(checkpoint):
             return candidate.read(checkpoint, replace(given, inside=name if chosen is not candidate else None))
+    inside, outside = _inside(checkpoint, given.prefix)
     for candidate in formats().values() if chosen is None else (chosen,):
-        if chosen is not None or candidate.sniff(checkpoint):
-            reading = candidate.read(plain(checkpoint, where), given)
-            return _within(reading, given.prefix) if given.prefix else reading
+        if chosen is not None or candidate.sniff(inside):
+            reading = candidate.read(plain(inside, where), given)
+            reading = replace(reading, left_out={**reading.left_out, **outside})
+            return _within(reading, given.prefix) if given.prefix and not outside else reading
     keys = ", ".join(list(checkpoint.tensors)[:4])
     raise InputError(
         f"{where} is not recognised as an adapter: {len(checkpoint.tensors)} tensors ({keys}{', …' if keys else ''}) "
         f"and no adapter_config.json beside them. Formats that can be read: {', '.join(sorted(formats()))}."
     )
+
+
+def _inside(checkpoint: Checkpoint, prefix: str) -> tuple[Checkpoint, dict[str, str]]:
+    """The tensors whose names begin with the prefix, without it, and why the others are left out; or all of them."""
+    prefix = prefix.rstrip(".") + "."
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    if not names:
+        return checkpoint, {}
+    tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
+    attributes = checkpoint.metadata.get("attributes", {})
+    metadata = {
+        **checkpoint.metadata,
+        "attributes": {k.removeprefix(prefix): v for k, v in attributes.items() if k.startswith(prefix)},
+    }
+    view = View({name.removeprefix(prefix): (checkpoint, name) for name in names}, tensors, metadata)
+    outside = {n: f"not in the adapted network ({prefix}…)" for n in checkpoint.tensors if not n.startswith(prefix)}
+    return view, outside
 
 
 def _within(reading: Reading, prefix: str) -> Reading:

@@ -13,6 +13,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, View
 from ..errors import InputError, UnsupportedError
+from ..names.places import Places
+from ..names.ties import TASK_HEADS, may_be_tied
 from . import Format, Given, Reading, read
 
 _WRAPPERS = {
@@ -26,6 +28,8 @@ _STATES = ("state_dict", "model", "module")  # where the network's tensors lie i
 _ATTRIBUTES = re.compile(r"(model|net|network|backbone|llm|lm|module|transformer_model)\.")
 _PEFT = re.compile(r"^((?:[\w.]+\.)?)base_model\.model\.")  # the PeftModel between the attribute and the network
 _COPIES = re.compile(r"(^|\.)(ema|ema_model|model_ema|ema_net|average_model|averaged_model|swa_model)\.")
+_TRAINING = re.compile(r"optim|sched|callback|loop|scaler|amp|rng|random|metric|param|args|config|datamodule|state$")
+_ADAPTER = re.compile(r"(^|[._])(lora|dora)(_|\.|$)|lora_[AB]|lora_[ab]\b|magnitude", re.IGNORECASE)
 _HPARAMS = ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args")
 _INNER = re.compile(r"(lora|peft|adapter)_?(config|args|params)?|model|config|args|hparams")
 
@@ -58,7 +62,15 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     names: dict[str, str] = {}
     for name in checkpoint.tensors:
         if not name.startswith(prefix):
-            continue  # optimizers, callbacks: no weights of the network, and far too many to list
+            top = name.partition(".")[0]
+            if _ADAPTER.search(name) and not (_TRAINING.search(top) or _COPIES.search(name)):
+                raise InputError(
+                    f"{name} looks like a part of an adapter, outside of '{prefix}…' where the network is. Save the "
+                    "networks in files of their own."
+                )
+            if not _TRAINING.search(top):  # optimizers, callbacks: no weights, and far too many to list
+                left_out[name] = f"not of the network ('{prefix}…')"
+            continue
         inner = _unwrapped(name.removeprefix(prefix))
         inner = _PEFT.sub(r"\1", inner)
         if "_flat_param" in inner:
@@ -72,9 +84,10 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
             raise InputError(f"{name} and {names[inner]} are both '{inner}' without the wrappers in their names.")
         names[inner] = name
     opaque = checkpoint.metadata.get("opaque", {})
-    hparams = _hyper_parameters(checkpoint)
+    hparams, values = _hyper_parameters(checkpoint)
     metadata: dict[str, Any] = {
         "hyper_parameters": hparams,
+        "hyper_parameter_values": values,
         "opaque": {k.removeprefix(prefix): v for k, v in opaque.items() if k.startswith(prefix)},
         "config": {},
     }
@@ -87,11 +100,21 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     )
     reading = read(inside, "The state dict in the checkpoint", given.inside, given)
     reading = replace(reading, left_out={**reading.left_out, **left_out})
-    return reading if given.prefix else _of_the_network(reading)
+    if given.prefix:
+        return reading
+    return _as_in_the_base(reading, given.base()) if given.base else _of_the_network(reading)
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(s for s in name.removeprefix("module.").split(".") if s not in _WRAPPERS)
+
+
+def _as_in_the_base(reading: Reading, base: Checkpoint) -> Reading:
+    """Names without what the base's do not have before them; what has no place there is left out."""
+    modules = [f"{update.module}.weight" for update in reading.adapter.updates]
+    places = Places(base.tensors, str((base.metadata.get("config") or {}).get("model_type", "")))
+    drop, add = places.rule(modules, list(reading.adapter.replaced))
+    return reading if add or not drop else reading.within(drop, base.tensors.keys())
 
 
 def _of_the_network(reading: Reading) -> Reading:
@@ -99,39 +122,66 @@ def _of_the_network(reading: Reading) -> Reading:
     updates = reading.adapter.updates
     match = _ATTRIBUTES.match(updates[0].module) if updates else None
     root = match[0] if match and all(update.module.startswith(match[0]) for update in updates) else ""
+    names = [*reading.adapter.replaced, *(reading.base.tensors if reading.base else ())]
+    heads = [n for n in names if not n.startswith(root) and (may_be_tied(n) or TASK_HEADS & {*n.split(".")})]
+    if root and heads:  # names of a whole language model, or a head beside the network: nothing of that may be lost
+        note = f"The names are the checkpoint's own, as {heads[0]} stands beside '{root}…'; --prefix takes a part."
+        return replace(reading, adapter=replace(reading.adapter, notes=(*reading.adapter.notes, note)))
     return reading.within(root) if root else reading
 
 
-def _hyper_parameters(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Everything that was saved beside the weights under the usual names, flat; outer names win over inner ones."""
+def _hyper_parameters(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Everything that was saved beside the weights under the usual names, flat; outer names win over inner ones.
+
+    And every value that a name has at some level, as two of them may differ.
+    """
     saved = checkpoint.metadata.get("object", checkpoint.metadata.get("meta"))
     found: dict[str, Any] = {}
-    todo = [_plain(saved[key]) for key in _HPARAMS if key in saved] if isinstance(saved, dict) else []
+    values: dict[str, list[Any]] = {}
+    seen: dict[int, Any] = {}
+    todo = [_plain(saved[key], seen) for key in _HPARAMS if key in saved] if isinstance(saved, dict) else []
+    known = set[int]()
     for level in todo:  # grows on the way
-        if isinstance(level, Mapping):
+        if isinstance(level, Mapping) and id(level) not in known:
+            known.add(id(level))
             found = {**level, **found}
+            for name, value in level.items():
+                values.setdefault(name, []).append(value)
             todo += [v for k, v in level.items() if isinstance(v, Mapping) and (_INNER.fullmatch(k) or "r" in v)]
-    return found
+    return found, values
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """Inert records as dictionaries of their attributes; enumerations as their value; the rest as it is."""
+def _plain(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+    """Inert records as dictionaries of their attributes; enumerations as their value; the rest as it is.
+
+    An object that is there more than once is made once; numbers that no setting can be, and what lies too deep, are
+    None.
+    """
+    if isinstance(value, str | bool | float | None):
+        return value
+    if isinstance(value, int):
+        return value if abs(value) < 2**63 else None
     if depth > 20:
         return None
+    if id(value) not in seen:
+        seen[id(value)] = None  # within itself
+        seen[id(value)] = _made_plain(value, seen, depth)
+    return seen[id(value)]
+
+
+def _made_plain(value: Any, seen: dict[int, Any], depth: int) -> Any:
     if isinstance(value, dict):
-        return {k: _plain(v, depth + 1) for k, v in value.items() if isinstance(k, str)}
+        return {k: _plain(v, seen, depth + 1) for k, v in value.items() if isinstance(k, str)}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v, depth + 1) for v in value]
-    if isinstance(value, str | int | float | bool | None):
-        return value
+        return [_plain(v, seen, depth + 1) for v in value]
     if getattr(value, "items", None):  # a subclass of dict or list
-        return _plain(value.items, depth + 1)
+        return _plain(value.items, seen, depth + 1)
     attributes = getattr(value, "attributes", None)
     if attributes:
         for holder in ("_val", "_content"):  # OmegaConf's values and containers
             if holder in attributes:
-                return _plain(attributes[holder], depth + 1)
-        return {k: _plain(v, depth + 1) for k, v in attributes.items() if isinstance(k, str)}
+                return _plain(attributes[holder], seen, depth + 1)
+        return {k: _plain(v, seen, depth + 1) for k, v in attributes.items() if isinstance(k, str)}
     args = getattr(value, "args", None)
     return args[0] if args and len(args) == 1 and isinstance(args[0], str | int | float) else None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod, sqrt
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from ..adapter import Adapter, LowRank, Magnitude, Replacement, Update
 from ..checkpoint import Checkpoint, Ref, Tensors, View, ref
 from ..errors import InputError, TargetError, UnsupportedError
+from ..names.patterns import compiled
 from . import Format, Given, Reading, Written
 
 _LEAVES = {
@@ -75,8 +76,6 @@ _KNOWN = frozenset(
         "velora_config",
     ]
 )
-# a repeated group with alternatives or repetitions of its own: exponential in the length of a name
-_ENDLESS = re.compile(r"\([^()]*[|*+?{][^()]*\)\s*[*+{]|\)\)[*+{]")
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"}
 _PREFIX = "base_model.model."
 # init_lora_weights that leave the base as it is; every other one trains on a changed base
@@ -94,8 +93,17 @@ class _Module:
 def _sniff(checkpoint: Checkpoint) -> bool:
     config = checkpoint.metadata.get("adapter_config")
     if config is None:  # a state dict of the whole model, or of its trained part
-        return any(_STATE_KEY.search(name) for name in checkpoint.tensors)
+        return _is_state(checkpoint.tensors.keys())
     return not (isinstance(config, dict) and config.get("peft_type") == "DORA")
+
+
+def _is_state(names: Collection[str]) -> bool:
+    """Whether these are keys of a PeftModel: with its marks, or ``x.lora_A.weight`` beside ``x.lora_B.weight``."""
+    if any(_STATE_KEY.search(name) for name in names):
+        return True
+    if any("weight_m_wdecomp" in name or ".dora_layer." in name for name in names):
+        return False
+    return any(n.endswith(".lora_A.weight") and n.removesuffix("A.weight") + "B.weight" in names for n in names)
 
 
 def _assumed(checkpoint: Checkpoint, given: Given) -> dict[str, Any]:
@@ -128,6 +136,8 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
             notes.append(
                 f"{update.module}: the config says r = {rank[update.module]:g}, the tensors have {delta.rank}."
             )
+    if not bare and (given.alpha, given.scale_rule, given.scaling) != (None, None, None):
+        notes.append("The scaling is the one asked for, not that of adapter_config.json.")
     notes += rank.notes([u.module for u in updates]) + alpha.notes([u.module for u in updates])
     unknown = sorted(name for name, value in config.items() if name not in _KNOWN and value)
     if unknown:
@@ -223,14 +233,8 @@ class _Patterns:
         self._table, self._default = table, config.get(default, fallback)
         self._rules = []
         for pattern, value in (config.get(table) or {}).items():
-            if len(pattern) > 500 or _ENDLESS.search(pattern) or len(re.findall(r"[*+]|,\}", pattern)) > 3:
-                raise InputError(f"adapter_config.json: {table} has a pattern that may take forever: '{pattern:.80}'.")
-            try:
-                self._rules.append((pattern, re.compile(rf"(.*\.)?({pattern})$"), value))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise InputError(
-                    f"adapter_config.json: {table} has the broken pattern '{pattern}' ({error})."
-                ) from error
+            rule = compiled(pattern, f"adapter_config.json: {table}", 3, r"(.*\.)?({})$")
+            self._rules.append((pattern, rule, value))
         for value in [self._default, *(value for _, _, value in self._rules)]:
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:
                 raise InputError(f"adapter_config.json: {default} or {table} holds {value!r}, which is not a number.")
@@ -357,6 +361,11 @@ def _update(
     rank = a.shape[0]
     scaling = alpha[path] / (sqrt(rank) if config.get("use_rslora") else rank) if rank else 0.0
     source = _provenance(config, rank, alpha[path])
+    if rank and (given.alpha is not None or given.scale_rule is not None):
+        number = alpha[path] if given.alpha is None else given.alpha
+        rule = given.scale_rule or ("rslora" if config.get("use_rslora") else "alpha/rank")
+        numbers = {"alpha": number, "alpha/rank": number / rank, "rslora": number / sqrt(rank), "one": 1.0}
+        scaling, source = numbers[rule], f"{rule} of {number:g}, as asked for"
     if given.scaling is not None:
         scaling, source = given.scaling, "--scaling"
     if not scaling and 0 not in a.shape:

@@ -27,11 +27,18 @@ class Places:
         return any(name.startswith(MOVED[0][1]) for name in self.known)
 
     def spelled(self, name: str) -> str:
-        """A name of the model at run time as this base spells it: moved, or without the model's prefix."""
+        """A name of the model at run time as this base spells it, where transformers has moved it."""
         name = ON_DISK.get(self.model_type, {}).get(name, name)
         moves = MOVED if self.moved else ()
         moved = next((old + name.removeprefix(new) for new, old in moves if name.startswith(new)), name)
-        return next((n for n in (name, moved, name.partition(".")[2]) if n and n in self.known), moved)
+        outer = name.removeprefix("model.") if self.moved else name  # of a multimodal model: its other towers
+        return next((n for n in (name, moved, outer) if n in self.known), moved)
+
+    def own(self, name: str) -> str:
+        """A name of the whole architecture in a base that may hold the inner model alone, without its prefix."""
+        spelled = self.spelled(name)
+        inner = name.partition(".")[2]
+        return inner if spelled not in self.known and inner in self.known else spelled
 
     def rule(self, modules: Sequence[str], others: Sequence[str] = (), absent: Collection[str] = ()) -> Rule:
         """How these names are renamed to meet the base: the rule that places the most ``modules``, then ``others``.
@@ -49,12 +56,15 @@ class Places:
         return next((n for n in (renamed, name) if n in self.known), self.spelled(name))
 
 
-def found(base: Checkpoint, names: Sequence[str]) -> dict[str, Ref]:
-    """Those of the names that stand in the base, each with its tensor. Raises FitError where two prefixes fit."""
+def found(base: Checkpoint, names: Sequence[str], others: Sequence[str] = ()) -> dict[str, Ref]:
+    """Those of the names that stand in the base, each with its tensor; ``names`` decide about the prefix.
+
+    Raises FitError where two prefixes fit.
+    """
     config: Mapping[str, Any] = base.metadata.get("config") or {}
     places = Places(base.tensors, str(config.get("model_type", "")))
-    rule = places.rule(names)
-    placed = {name: places.place(name, rule) for name in names}
+    rule = places.rule(names, others)
+    placed = {name: places.place(name, rule) for name in (*names, *others)}
     return {name: ref(base, there) for name, there in placed.items() if there in base.tensors}
 
 
@@ -101,8 +111,9 @@ def _prefix_rule(modules: Sequence[str], others: Sequence[str], known: Mapping[s
     rival = next((rule for rule in best if scores[rule] != scores[best[0]] or rule[0] != best[0][0]), None)
     if rival is not None:
         (a, b), (c, d) = best[0], rival
+        way = f"say --prefix, e.g. --prefix {a or c}" if a or c else "give a base that holds only that one"
         raise FitError(
             f"The adapter's names fit the base in two ways: '{a}…' as '{b}…' and '{c}…' as '{d}…'. Which network was "
-            f"it trained on? Say --prefix with what stands before that network's names, e.g. --prefix {a or c}"
+            f"it trained on? If one of them, {way}"
         )
     return best[0]

@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 from ...adapter import Adapter, Axis, Delta, LowRank, Magnitude, Replacement, Unchanged, Update
 from ...checkpoint import Checkpoint, Ref, Tensors, View, assembled, ref, tiles
-from ...errors import InputError, TargetError, UnsupportedError
+from ...errors import InputError, TargetError, UnsupportedError, UsageError
 from ...names.places import found
-from ...names.ties import may_be_tied
+from ...names.ties import CONV1D_LAYERS, CONV1D_MODELS, may_be_tied
 from .. import Format, Given, Reading, Written
 from .shapes import Equation, determined, labels, solve
 from .syntax import SHAPED, Fused, Rule, Shape, Table, check_expression, value_of
@@ -49,6 +49,8 @@ class _Module:
     biased: bool = False
     layout: Shape | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    square: bool = False  # its weight may be stored either way
+    turned: bool | None = None
 
 
 @dataclass
@@ -87,19 +89,29 @@ def _read(table: Table, checkpoint: Checkpoint, given: Given) -> Reading:
     _find_weights(reader, modules)
     for module in modules:
         _measure(reader, module)
+    _decide_orientation(reader, modules)
     _decide_square(reader, modules)
+    _refuse_leftovers(reader, modules, rest)
+    _check_axis(reader)
     updates = [update for module in modules for update in _updates(reader, module)]
+    _check_flags(reader, modules)
     base = _base(table, modules, rest, checkpoint) if any("base" in m.keys for m in modules) else None
     replaced: dict[str, Replacement] = {}
     if table.unmatched == "replace":
-        replaced = {table.renamed(name): Replacement(ref(checkpoint, name), shared=True) for name in rest}
+        replaced = {
+            new: Replacement(ref(checkpoint, old), shared=True) for new, old in _once(_new_names(table, rest)).items()
+        }
     elif table.unmatched == "ignore":
         left_out |= dict.fromkeys(rest, "not of this format")
     elif rest:
         raise InputError(f"{len(rest)} keys are not of format '{table.name}' (first: {rest[0]}).")
     for module in modules:  # trained with the adapter, or frozen: then it is the base's, and replacing it does nothing
         if "bias" in module.keys:
-            replaced |= _biases(reader, module)
+            found_biases = _biases(reader, module)
+            twice = replaced.keys() & found_biases.keys()
+            if twice:
+                raise InputError(f"{module.keys['bias'][0]} and another key are both {min(twice)}: which one counts?")
+            replaced |= found_biases
     config = checkpoint.metadata.get("adapter_config")
     model = config.get("base_model_name_or_path") if isinstance(config, Mapping) else None
     adapter = Adapter(
@@ -145,9 +157,62 @@ def _sort(table: Table, checkpoint: Checkpoint) -> tuple[list[_Module], list[str
     return list(modules.values()), rest, left_out
 
 
+_PARTS = re.compile(r"(^|[._])(lora|dora)([._]|$)|lora_?[ab]\b|magnitude|parametrizations", re.IGNORECASE)
+
+
+def _refuse_leftovers(reader: _Reader, modules: Sequence[_Module], rest: Sequence[str]) -> None:
+    """Keys that no rule knows but that belong to an adapter: taken as weights, their update would be lost."""
+    table, adapted = reader.table, {module.path for module in modules}
+    explicit = [rule.pattern for rule in table.rules if rule.role == "replace" and rule.pattern.groups == 0]
+    for key in rest:
+        below = table.renamed(key).rpartition(".")[0] in adapted
+        if (below or _PARTS.search(key)) and not any(pattern.fullmatch(key) for pattern in explicit):
+            raise InputError(
+                f"{key} belongs to an adapter, but format '{table.name}' knows no such key. If it may be ignored, or "
+                "is something else, say so in a table of your own (inspect --suggest-format begins one)."
+            )
+
+
+def _check_axis(reader: _Reader) -> None:
+    """--magnitude-axis against what the table says a magnitude is."""
+    table, said = reader.table, reader.given.magnitude_axis
+    axes = {"in" if "in" in dims else "out" for layout in table.layouts if (dims := layout.dims.get("magnitude"))}
+    if said is not None and axes and said not in axes:
+        reason = next((reason for role, _, reason in table.refuse if role == "magnitude"), None)
+        raise UnsupportedError(
+            f"Format '{table.name}' has a magnitude for each {min(axes)}put, not for each {said}put"
+            + (f"; with one for each {said}put, {reason}" if reason else ".")
+        )
+
+
+def _check_flags(reader: _Reader, modules: Sequence[_Module]) -> None:
+    """--enable-lora that is of no module here."""
+    for end in reader.given.enable_lora:
+        if end and not any(_ends(module.path, end) for module in modules):
+            raise UsageError(f"--enable-lora names '{end}', but no adapted module ends so.")
+
+
+def _ends(path: str, end: str) -> bool:
+    return f".{path}".endswith(f".{end}")
+
+
+def _new_names(table: Table, names: Iterable[str]) -> list[tuple[str, str]]:
+    return [(table.renamed(name), name) for name in names]
+
+
+def _once(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """New name → old name. Raises InputError where two old ones become the same."""
+    found: dict[str, str] = {}
+    for new, old in pairs:
+        if new in found:
+            raise InputError(f"{found[new]} and {old} are both {new} in the network: which one counts?")
+        found[new] = old
+    return found
+
+
 def _check_present(reader: _Reader, module: _Module) -> None:
     missing = {"lora_A", "lora_B"} - module.keys.keys()
-    if len(missing) == 1:
+    if len(missing) == 1 or (missing and not reader.table.magnitude_alone):
         raise InputError(f"{module.path} has {', '.join(k for k, _ in module.keys.values())}, but no {min(missing)}.")
     for role in SHAPED:
         if role in module.keys and 0 in reader.shape(role, module):
@@ -162,8 +227,8 @@ def _find_weights(reader: _Reader, modules: Sequence[_Module]) -> None:
     wanted = len(reader.table.layouts) > 1 or reader.table.refuse
     outside: dict[str, Ref] = {}
     if wanted and reader.given.base and not all("base" in module.keys for module in modules):
-        names = [f"{module.path}.{part}" for module in modules for part in ("weight", "bias")]
-        outside = found(reader.given.base(), names)
+        weights, biases = ([f"{module.path}.{part}" for module in modules] for part in ("weight", "bias"))
+        outside = found(reader.given.base(), weights, biases)
     for module in modules:
         own = module.keys.get("base")
         module.weight = ref(reader.checkpoint, own[0]) if own else outside.get(f"{module.path}.weight")
@@ -174,7 +239,7 @@ def _measure(reader: _Reader, module: _Module) -> None:
     """Choose the layout that the shapes fit. What the table refuses by shape is refused with its reason."""
     possible = []
     for layout in reader.table.layouts:
-        if layout.kind == "embedding" and module.biased:
+        if layout.kind == "embedding" and (module.biased or module.path.rpartition(".")[2] in CONV1D_LAYERS):
             continue  # a linear layer that is stored (in, out)
         sizes = solve(_equations(reader, module, layout), {})
         if sizes is not None and (layout.kind != "conv" or module.weight is None or len(module.weight.shape) > 2):
@@ -186,6 +251,8 @@ def _measure(reader: _Reader, module: _Module) -> None:
     if not certain:
         raise _misfit(reader, module)
     module.layout, module.sizes = certain[0]
+    turned = {layout.stored_in_out for layout, _ in certain if layout.kind != "conv"}
+    module.square = module.weight is not None and len(turned) > 1
     rivals = [layout for layout, _ in possible if layout is not module.layout]
     # a convolution taken for a linear layer fits no loader; an embedding would be dropped by some without a word
     if module.weight is None and any(layout.kind != "conv" for layout in rivals) and not reader.doubt:
@@ -246,6 +313,44 @@ def _misfit(reader: _Reader, module: _Module) -> InputError:
                 )
             sizes = fitting
     return InputError(f"{module.path}: its shapes do not say what format '{table.name}' needs to know; say --base.")
+
+
+def _decide_orientation(reader: _Reader, modules: Sequence[_Module]) -> None:
+    """Which way square weights are stored, where a table allows both: by what the base says of itself, by the other
+    layers of the file if they agree, by the user; never by chance.
+    """
+    for module in modules:
+        assert module.layout is not None
+        if module.weight is not None or len(reader.table.layouts) == 1:
+            module.turned = module.layout.stored_in_out or (False if len(reader.table.layouts) > 1 else None)
+    doubtful = [module for module in modules if module.square]
+    if not doubtful:
+        return
+    config = (reader.given.base().metadata.get("config") if reader.given.base else None) or {}
+    kind = config.get("model_type")
+    others = {m.turned for m in modules if not m.square and m.layout and m.layout.kind == "linear"}
+    for module in doubtful:
+        assert module.layout is not None
+        assert module.weight is not None
+        named = kind in CONV1D_MODELS and module.path.rpartition(".")[2] in CONV1D_LAYERS
+        vocabular = config.get("vocab_size") == module.weight.shape[0]
+        if reader.given.fan_in_fan_out is not None:
+            module.turned = reader.given.fan_in_fan_out
+        elif isinstance(kind, str) and not vocabular:
+            module.turned = named
+        elif len(others) == 1:
+            module.turned = others == {True}
+            way = "(in, out)" if module.turned else "(out, in)"
+            reader.notes.append(f"{module.path} is square; it is taken to be stored {way}, as the other layers are.")
+        else:
+            raise InputError(
+                f"{module.path} is square, so its shape does not tell whether the base stores it as (out, in) like "
+                "nn.Linear, or as (in, out) like an embedding or a Conv1D. Say --no-fan-in-fan-out or "
+                "--fan-in-fan-out."
+            )
+        fitting = [s for s in reader.table.layouts if s.stored_in_out == module.turned and s.kind != "conv"]
+        sized = [(s, n) for s in fitting if (n := solve(_equations(reader, module, s), {})) is not None]
+        module.layout, module.sizes = sized[0]
 
 
 def _decide_square(reader: _Reader, modules: Sequence[_Module]) -> None:
@@ -313,9 +418,7 @@ def _updates(reader: _Reader, module: _Module) -> list[Update]:
     def update(path: str, delta: Delta, m: Ref | None, conv: bool = False) -> Update:
         magnitude = Magnitude(m, axis, table.eps, table.eps_rule, table.scales_bias) if m else None
         kernel = module.weight.shape[1:] if conv and module.weight else ()
-        square = module.weight is not None and len({*module.weight.shape}) == 1
-        turned = True if layout.stored_in_out and not square else None
-        return Update(path, delta, magnitude, None, layout.kind, kernel, turned)
+        return Update(path, delta, magnitude, None, layout.kind, kernel, module.turned, module.turned is not None)
 
     if "lora_A" not in module.keys:
         return [update(module.path, Unchanged((sizes.get("out", -1), sizes.get("in", -1))), vector)]
@@ -325,6 +428,11 @@ def _updates(reader: _Reader, module: _Module) -> list[Update]:
     fused = next((f for f in table.fused if f.pattern.fullmatch(module.path)), None)
     if fused is None and "parts" not in sizes:
         count = b.shape[0] // sizes["out"] if "out" in sizes else 1
+        if count * count * a.shape[0] * a.shape[1] > _MOST:
+            raise UnsupportedError(
+                f"{module.path}: a kernel of side {count} takes factors of {count * count * a.shape[0]} rows here; "
+                "that is too large. Merge it where it was trained."
+            )
         if count > 1:  # of a conv: the product's rows are cut out of it several to an output
             a = assembled((a.shape[0] * count, a.shape[1] * count),
                           [(a, i * a.shape[0], i * a.shape[1]) for i in range(count)])  # fmt: skip
@@ -353,6 +461,9 @@ def _updates(reader: _Reader, module: _Module) -> list[Update]:
     return [update(module.path, LowRank(a, assembled((total, width), pieces), scaling, source), vector)]
 
 
+_MOST = 1 << 28  # numbers in the factors of one convolution
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """One part of a fused layer: its rows in the layer, where they begin in lora_B (-1: it has no factors)."""
@@ -366,8 +477,8 @@ class _Part:
 def _parts(reader: _Reader, module: _Module, fused: Fused | None, factor_rows: int) -> list[_Part]:
     """How a fused layer is divided. Raises InputError where the file, the table and the user do not say it."""
     sizes, path, table = module.sizes, module.path, reader.table
-    told = [flags for end, flags in reader.given.enable_lora.items() if f".{path}".endswith(f".{end}" if end else "")]
-    flags = told[-1] if told else fused.enabled if fused else ()
+    told = [end for end in reader.given.enable_lora if not end or _ends(path, end)]
+    flags = reader.given.enable_lora[max(told, key=len)] if told else fused.enabled if fused else ()
     if fused and fused.rows:
         names = reader.settings()
         rows = [value_of(check_expression(text, table.name), names, table.name) for text in fused.rows]
@@ -388,7 +499,7 @@ def _parts(reader: _Reader, module: _Module, fused: Fused | None, factor_rows: i
         )
     enabled = sum(n for n, on in zip(rows, flags, strict=False) if on)
     wrong = len(flags) != len(rows) or len(flags) != sizes.get("all", len(flags))
-    if wrong or sum(flags) != sizes.get("parts", sum(flags)) or enabled != factor_rows or 0 in rows:
+    if wrong or sum(flags) != sizes.get("parts", sum(flags)) or enabled != factor_rows or min(rows, default=0) < 1:
         said = ", ".join("true" if flag else "false" for flag in flags)
         raise InputError(
             f"{path}: parts of {', '.join(map(str, rows))} rows, of which {said} have factors, do not give the "
@@ -428,12 +539,17 @@ def _scaling(reader: _Reader, rank: int, module: _Module) -> tuple[float, str]:
     table, given = reader.table, reader.given
     if given.scaling is not None:
         return given.scaling, "--scaling"
+    if table.scale_rules == ("one",) and (given.alpha is not None or given.scale_rule not in (None, "one")):
+        raise UsageError(f"Format '{table.name}' has no alpha: its scaling is 1. --scaling says another number.")
     rule = given.scale_rule or (table.scale_rules[0] if len(table.scale_rules) == 1 else None)
     said = "--scale-rule one" if given.scale_rule else f"1, the rule of {table.name}"
     hparams = reader.checkpoint.metadata.get("hyper_parameters", {})
     if given.scale_rule is None and rule != "one" and hparams.get("use_rslora") is True:
         rule = "rslora"
     attributes = _attributes(reader, module)
+    own = _number(attributes.get("scaling")) if given.alpha is None and given.scale_rule is None else None
+    if own:
+        return own, "scaling of the pickled module"
     if rule is None and given.alpha is None and "alpha" in attributes:
         # of a pickled module: the class that divides by the rank keeps it, the one that does not has no use for it
         rule = "alpha/rank" if "rank" in attributes else "alpha"
@@ -470,25 +586,40 @@ def _alpha(reader: _Reader, module: _Module) -> tuple[float | None, str]:
     if given.alpha is not None:
         return given.alpha, "--alpha"
     for name in ("alpha", "lora_alpha"):
-        attribute = _attributes(reader, module).get(name)
-        if isinstance(attribute, int | float) and not isinstance(attribute, bool):
-            return float(attribute), f"{name} of the pickled module"
+        attribute = _number(_attributes(reader, module).get(name))
+        if attribute is not None:
+            return attribute, f"{name} of the pickled module"
     if "alpha" in module.keys:
         key = module.keys["alpha"][0]
         values = ref(checkpoint, key).load()
-        if values.numel() != 1:
-            raise InputError(f"{key} has shape {list(values.shape)}; an alpha is one number.")
-        return float(values.item()), key
+        number = _number(values.item()) if values.numel() == 1 else None
+        if number is None:
+            raise InputError(f"{key} (shape {list(values.shape)}) is no number; an alpha is one.")
+        return number, key
+    candidates: dict[float, str] = {}
     for source in reader.table.alpha:
         kind, _, name = source.partition(":")
-        if kind == "literal":
-            return float(name), f"the table's {name}"
-        place = "hyper_parameters" if kind == "hparam" else "adapter_config"
-        settings = checkpoint.metadata.get(place)
-        value = settings.get(name) if isinstance(settings, Mapping) else None
-        if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
-            return float(value), f"{place}.{name}"
-    return None, ""
+        if kind == "hparam":
+            settings = checkpoint.metadata.get("hyper_parameters", {})
+            every = checkpoint.metadata.get("hyper_parameter_values", {}).get(name, [settings.get(name)])
+            numbers = [(_number(value), f"hyper_parameters.{name}") for value in every]
+        elif kind == "config":
+            config = checkpoint.metadata.get("adapter_config")
+            numbers = [(_number(config.get(name)) if isinstance(config, Mapping) else None, f"adapter_config.{name}")]
+        else:
+            numbers = [] if candidates else [(float(name), f"the table's {name}")]
+        candidates |= {value: where for value, where in numbers if value is not None and value not in candidates}
+    if len(candidates) > 1:
+        said = ", ".join(f"{where} is {value:g}" for value, where in candidates.items())
+        raise InputError(f"{module.path}: {said}. Which one is the adapter's alpha? Say it with --alpha.")
+    return next(iter(candidates.items()), (None, ""))
+
+
+def _number(value: object) -> float | None:
+    """A setting as a finite number, if it is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        return None
+    return float(value)
 
 
 def _rank_notes(reader: _Reader, modules: Sequence[_Module]) -> Iterable[str]:
@@ -505,9 +636,9 @@ def _base(table: Table, modules: Sequence[_Module], rest: Iterable[str], checkpo
     """The base that came in the same file, under the network's plain names."""
     if any(fused.into and fused.pattern.fullmatch(m.path) for m in modules for fused in table.fused):
         return None  # its fused weights are not those of the network that the parts belong to
-    sources = {f"{m.path}.weight": m.keys["base"][0] for m in modules if "base" in m.keys}
-    sources |= {f"{m.path}.bias": m.keys["bias"][0] for m in modules if "bias" in m.keys}
-    sources |= {table.renamed(name): name for name in rest}
+    own = [(f"{m.path}.weight", m.keys["base"][0]) for m in modules if "base" in m.keys]
+    own += [(f"{m.path}.bias", m.keys["bias"][0]) for m in modules if "bias" in m.keys]
+    sources = _once([*own, *_new_names(table, rest)])
     order = {old: i for i, old in enumerate(checkpoint.tensors)}
     ordered = sorted(sources.items(), key=lambda item: order[item[1]])
     return View(
@@ -542,24 +673,26 @@ def _write(table: Table, adapter: Adapter) -> Written:
             )
         if isinstance(delta, LowRank):
             # the factor carries the scaling: alpha is not recorded, or one number for all ranks
-            b = delta.lora_B.times(delta.scaling * (delta.rank / largest if alpha_key else 1))
+            b = delta.lora_B.times(delta.scaling / _told_scale(table, delta.rank, largest if alpha_key else None))
             for role, promise, first in (("lora_A", delta.lora_A, True), ("lora_B", b, False)):
                 dims = layout.dims.get(role, ())
                 as_is = not dims or (dims[0] == "rank") == first
-                refs[_key(rules[role], update.module)] = promise if as_is else promise.T
+                _put(refs, _key(rules[role], update.module), promise if as_is else promise.T)
         if m is None:
             if table.dora:
                 raise TargetError(f"{update.module} has no magnitude, which format '{table.name}' requires.")
             continue
         rule, dims = rules.get("magnitude"), layout.dims.get("magnitude", ())
-        recipe = (m.eps, m.scales_bias) == (table.eps, table.scales_bias)
+        recipe = (m.eps, m.scales_bias) == (table.eps, table.scales_bias) and (
+            not m.eps or m.eps_rule == table.eps_rule
+        )
         if rule is None or ("in" if "in" in dims else "out") != m.axis or not recipe:
             raise TargetError(
                 f"{update.module} is DoRA with a magnitude for each {m.axis}put, which format '{table.name}' does not "
                 "hold. A dense merge keeps it exactly."
             )
         shape = tuple(1 if label == "1" else -1 for label in dims)
-        refs[_key(rule, update.module)] = m.vector.reshape(*shape) if len(shape) > 1 else m.vector
+        _put(refs, _key(rule, update.module), m.vector.reshape(*shape) if len(shape) > 1 else m.vector)
     if adapter.replaced and table.unmatched != "replace":
         raise TargetError(f"Format '{table.name}' has no place for {min(adapter.replaced)}, which was trained whole.")
     for name, replacement in adapter.replaced.items():
@@ -568,15 +701,37 @@ def _write(table: Table, adapter: Adapter) -> Written:
                 f"{name} was trained as a copy beside the base's; format '{table.name}' would make it the base's own, "
                 "and change what is tied to it too. Give --base to show that nothing is, or merge."
             )
-        refs[_replaced_key(rules, name, adapter)] = replacement.tensor
+        _put(refs, _replaced_key(rules, name, adapter), replacement.tensor)
+    again, _, _ = _sort(table, Tensors(refs))
+    lost = {u.module for u in adapter.updates} ^ {module.path for module in again}
+    if lost:
+        raise TargetError(f"{min(lost)} cannot be written so that format '{table.name}' reads the same name back.")
     if alpha_key:
         config = {**table.config, "r": largest, alpha_key: largest, "base_model_name_or_path": adapter.base_model}
         config["target_modules"] = sorted({u.module.rpartition(".")[2] for u in adapter.updates})
         text = json.dumps(config, indent=2, sort_keys=True).encode()
         return Written(Tensors(refs), table.file, {"adapter_config.json": text})
+    if any(source.startswith("literal:") for source in table.alpha):
+        return Written(Tensors(refs), table.file)
     note = {"alpha": "alpha = 1", "one": "", "rslora": "alpha = √rank"}.get(table.scale_rules[0], "alpha = rank")
     notes = (f"The scaling is in lora_B: use it with {note}, a scaling of 1.",) if note else ()
     return Written(Tensors(refs), table.file, notes=notes)
+
+
+def _told_scale(table: Table, rank: int, config_alpha: int | None) -> float:
+    """The scaling that a reader of what is written finds there: of the config's alpha, or the table's own; else 1."""
+    literal = next((float(s.partition(":")[2]) for s in table.alpha if s.startswith("literal:")), None)
+    alpha = config_alpha if config_alpha is not None else literal
+    rule = table.scale_rules[0]
+    if alpha is None or rule == "one":
+        return 1.0
+    return alpha / {"alpha": 1, "alpha/rank": rank, "rslora": sqrt(rank)}[rule]
+
+
+def _put(refs: dict[str, Ref], key: str, promise: Ref) -> None:
+    if key in refs:
+        raise TargetError(f"Two tensors would both be written as {key}: the table's keys do not tell them apart.")
+    refs[key] = promise
 
 
 def _replaced_key(rules: Mapping[str, Rule], name: str, adapter: Adapter) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...adapter import EpsRule, Kind
 from ...errors import InputError
+from ...names.patterns import compiled
 from .. import SCALE_RULES, Example
 from .shapes import LABELS, labels
 
@@ -28,7 +29,7 @@ _KEYS = {
     "rename": "match to",
     "fused": "match rows enabled into",
     "scaling": "rule alpha",
-    "dora": "eps eps_rule bias required",
+    "dora": "eps eps_rule bias required alone",
     "test": "tensors base merged alpha scaling scale_rule enable_lora hparams config",
 }
 _LISTS = ("key", "layout", "refuse", "rename", "fused")
@@ -91,6 +92,7 @@ class Table:
     eps_rule: EpsRule = "add"
     scales_bias: bool = False
     dora: bool | None = None
+    magnitude_alone: bool = False
     merges_on_eval: bool = False
     unmatched: str = "replace"
     file: str = "adapter.safetensors"
@@ -105,9 +107,13 @@ class Table:
 def load(path: Path) -> Table:
     """A user's table. Raises InputError with the place of what is wrong in it."""
     try:
-        return parse(tomllib.loads(path.read_text()), str(path))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path} cannot be read as TOML: {error}.") from error
+        data = tomllib.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as TOML: {str(error) or type(error).__name__}.") from error
+    try:
+        return parse(data, str(path))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path} has a value of a kind that is not meant there: {error}.") from error
 
 
 def parse(data: Mapping[str, Any], where: str) -> Table:
@@ -131,17 +137,18 @@ def parse(data: Mapping[str, Any], where: str) -> Table:
         _typed(detect, "config", dict, {}, where),
         _layouts(data.get("layout", [{}]), rules, where),
         tuple(_refusal(entry, where) for entry in data.get("refuse", [])),
-        tuple((_pattern(_text(r, "match", where), where), _text(r, "to", where)) for r in data.get("rename", [])),
+        tuple(_rename(entry, where) for entry in data.get("rename", [])),
         tuple(_fused(entry, where) for entry in data.get("fused", [])),
         _scale_rules(scaling, where),
         tuple(_source(text, where) for text in _typed(scaling, "alpha", list, [], where)),
-        float(_typed(dora, "eps", int | float, 0.0, where)),
+        _eps(dora, where),
         _one_of(dora, "eps_rule", ("add", "clamp"), where),
         _one_of(dora, "bias", ("untouched", "scaled"), where) == "scaled",
         _typed(dora, "required", bool, None, where),
+        _typed(dora, "alone", bool, False, where),
         _typed(data, "merges_on_eval", bool, False, where),
         _one_of(data, "unmatched", ("replace", "ignore", "refuse"), where),
-        str(data.get("file", "adapter.safetensors")),
+        _file(data.get("file", "adapter.safetensors"), where),
         _example(data["test"], where) if "test" in data else None,
     )
 
@@ -182,12 +189,7 @@ def _patterns(entry: Mapping[str, Any], key: str, where: str) -> tuple[re.Patter
 
 
 def _pattern(text: Any, where: str) -> re.Pattern[str]:
-    if not isinstance(text, str) or len(text) > 500:
-        raise InputError(f"{where}: a pattern is a text of at most 500 characters, not {text!r:.60}.")
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"{where}: the pattern '{text}' is broken: {error}.") from error
+    return compiled(text, where, 6)
 
 
 def _dims(value: Any, where: str) -> tuple[str, ...]:
@@ -202,12 +204,14 @@ def _dims(value: Any, where: str) -> tuple[str, ...]:
 
 def _rule(entry: Mapping[str, Any], where: str) -> Rule:
     role, text = entry.get("role"), entry.get("match")
-    if role not in ROLES or not isinstance(text, str):
+    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         raise InputError(f"{where}: a [[key]] needs match and a role of {', '.join(sorted(ROLES))}, not {role!r}.")
     pattern = _pattern(text, where)
     if "module" not in pattern.groupindex and role not in {"ignore", "replace"}:
         raise InputError(f"{where}: '{text}' needs a group (?P<module>…) that says which module the key belongs to.")
-    write = entry.get("write") or _template(text)
+    write = entry.get("write", _template(text))
+    if write is not None and (not isinstance(write, str) or "{module}" not in write):
+        raise InputError(f"{where}: write is the key with {{module}} in it, not {write!r}.")
     return Rule(pattern, role, _dims(entry.get("dims", []), where), write, str(entry.get("reason", "")))
 
 
@@ -225,12 +229,34 @@ def _layouts(entries: list[Mapping[str, Any]], rules: tuple[Rule, ...], where: s
     """The [[layout]]s, each over the dimensions of the key rules; a table without any has that one layout."""
     default = {rule.role: rule.dims for rule in reversed(rules) if rule.role in SHAPED}
     found = []
-    for entry in entries:
+    for entry in entries or [{}]:
         dims = default | {role: _dims(entry[role], where) for role in SHAPED if role in entry}
         kernel = any(label in ("k", "kernel") for dim in dims.get("base", ()) for label in labels(dim))
         kind = _one_of(entry, "kind", ("linear", "embedding", "conv"), where) if "kind" in entry else None
         found.append(Shape(kind or ("conv" if kernel else "linear"), dims))
     return tuple(found)
+
+
+def _rename(entry: Mapping[str, Any], where: str) -> tuple[re.Pattern[str], str]:
+    pattern, to = _pattern(_text(entry, "match", where), where), _text(entry, "to", where)
+    try:
+        re.compile(f"(?:{pattern.pattern})|").sub(to, "")  # the empty name, so that the groups in ``to`` are looked up
+    except (re.error, IndexError) as error:
+        raise InputError(f"{where}: '{to}' of [[rename]] cannot be filled in: {error}.") from error
+    return pattern, to
+
+
+def _eps(dora: Mapping[str, Any], where: str) -> float:
+    value = float(_typed(dora, "eps", int | float, 0.0, where))
+    if not 0 <= value < 1:
+        raise InputError(f"{where}: eps keeps a norm from 0: a small number, not {value:g}.")
+    return value
+
+
+def _file(name: Any, where: str) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][\w.-]*\.safetensors", name):
+        raise InputError(f"{where}: file is the plain name of a .safetensors file, not {name!r}.")
+    return name
 
 
 def _refusal(entry: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...], str]:
@@ -244,6 +270,8 @@ def _fused(entry: Mapping[str, Any], where: str) -> Fused:
         check_expression(str(text), where)
     if not all(isinstance(flag, bool) for flag in enabled) or not all(isinstance(name, str) for name in into):
         raise InputError(f"{where}: [[fused]] enabled is a list of true and false, into a list of names.")
+    if len(set(into)) < len(into):
+        raise InputError(f"{where}: two parts of a [[fused]] have the same name in into.")
     counts = {len(each) for each in (rows, enabled, into) if each}
     if len(counts) > 1 or not counts:
         raise InputError(f"{where}: a [[fused]] needs rows, enabled or into, and as many of each as there are parts.")
@@ -317,7 +345,11 @@ def _example(entry: Mapping[str, Any], where: str) -> Example:
     parts = {key: _typed(entry, key, dict, {}, where) for key in ("tensors", "base", "merged", "hparams", "config")}
     if not parts["tensors"] or not parts["merged"]:
         raise InputError(f"{where}: a [test] needs tensors (key → numbers) and merged (name → numbers).")
-    options = {key: entry[key] for key in ("alpha", "scaling", "scale_rule") if key in entry}
+    options: dict[str, Any] = {
+        key: float(_typed(entry, key, int | float, 0, where)) for key in ("alpha", "scaling") if key in entry
+    }
+    if "scale_rule" in entry:
+        options["scale_rule"] = _text(entry, "scale_rule", where)
     flags = _typed(entry, "enable_lora", list, None, where)
     if flags is not None:
         options["enable_lora"] = {"": tuple(bool(flag) for flag in flags)}
