@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import merge, startup
+from . import merge, operations, startup
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -13,5 +13,6 @@ def main() -> None:
 
 
 main.add_command(merge.command)
+main.add_command(operations.command)
 main.add_command(startup.command)
 main()

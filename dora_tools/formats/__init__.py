@@ -74,7 +74,7 @@ class Reading:
     doubt: str = ""
 
     def within(self, prefix: str, beside: Collection[str] = ()) -> Reading:
-        """The network whose names begin with ``prefix``, without it. What is neither in it nor ``beside`` is left out."""
+        """The network whose names begin with ``prefix``, without it. Others, but for ``beside``, are left out."""
         adapter, base = self.adapter, self.base
         names = [*adapter.replaced, *(base.tensors if base else ()), *(u.module + "." for u in adapter.updates)]
         out = [name for name in names if not name.startswith(prefix) and name not in beside]

@@ -84,18 +84,21 @@ class Outcome:
         }
 
     def table(self) -> Iterator[RenderableType]:
-        """A line for each group of like modules, then the total."""
+        """A line for each group of like modules, then the total.
+
+        "energy": the part that is kept of ‖Δ‖²; "error": ‖Δ − Δ_k‖/‖Δ‖, and the same against ‖W'‖.
+        """
         from rich.table import Table
 
         groups: dict[tuple[str, tuple[int, int]], list[Module]] = defaultdict(list)
         for m in self.modules:
             groups[m.module.rpartition(".")[2], m.shape].append(m)
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for head in ("modules", "count", "out × in", "rank before", "rank"):
-            table.add_column(head, justify="left" if head == "modules" else "right")
+        for head in ("modules", "count", "out × in", "rank", "→"):
+            table.add_column(head, justify="left" if head == "modules" else "right", no_wrap=True)
         measured = self.total is not None
-        for head in ("energy kept", "‖ΔW−ΔW_k‖/‖ΔW‖", "/‖W'‖", "without m") if measured else ():
-            table.add_column(head, justify="right")
+        for head in ("energy", "error", "of ‖W'‖", "without m") if measured else ():
+            table.add_column(head, justify="right", no_wrap=True)
         for (name, (out, in_)), members in groups.items():
             before, after = ([m.rank_before for m in members], [m.rank for m in members])
             row = [name, str(len(members)), f"{out} × {in_}", _range(before), _range(after)]
