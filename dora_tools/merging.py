@@ -6,6 +6,7 @@ the same bits whoever asks for it, in whatever portions, on any number of thread
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -324,8 +325,14 @@ class LazyTensor:
     def __getitem__(self, which: Any) -> torch.Tensor:
         raw = torch.empty(self._info.nbytes, dtype=torch.uint8)
         row = self._info.bytes_of(self._info.width)
-        for first, last in tiles(self._info):
+
+        def tile(rows: tuple[int, int]) -> None:
+            single_threaded()  # as in a merge to disk: BLAS would sum in another order on several threads
+            first, last = rows
             encode(self._checkpoint.read(self._name, first, last), self._info.dtype, raw[first * row : last * row])
+
+        for _ in blocks(tiles(self._info), tile, min(8, os.cpu_count() or 1)):
+            pass
         return raw.view(self.dtype).view(self.shape)[which]
 
     def __repr__(self) -> str:

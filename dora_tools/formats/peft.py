@@ -414,6 +414,10 @@ def _write(adapter: Adapter) -> Written:
         if not isinstance(delta, LowRank):
             raise TargetError(f"{update.module}: PEFT's LoRA holds low-rank updates only; merge the adapter instead.")
         a, b, m = delta.lora_A, delta.lora_B, update.magnitude.vector if update.magnitude else None
+        if adapter.is_dora and update.bias is not None:
+            raise TargetError(
+                f"{update.module} has a LoRA bias, which PEFT does not allow beside DoRA. A dense merge keeps both."
+            )
         if update.magnitude and (update.magnitude.eps or update.magnitude.scales_bias):
             raise TargetError(
                 f"{update.module}: this DoRA has an eps in its norm or scales the bias, which PEFT's does not. A dense "

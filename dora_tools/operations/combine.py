@@ -14,6 +14,7 @@ from ..checkpoint import Checkpoint, Ref, Tensors, blocks, constant, single_thre
 from ..errors import FitError, InputError, UsageError
 from ..lowrank import factors_of, svd_of_product
 from ..merging import Merged
+from ..names import places
 from .lora import to_lora
 from .outcome import Module, Outcome, by_module
 from .ranks import Ranks, Spectrum
@@ -104,7 +105,10 @@ def combine(
             f"{min(doras)} is DoRA, which is no sum of its parts: it takes --base and a rank (or energy) for the best "
             "LoRA of what all make together. Merging them into the base with strengths is exact."
         )
-    replaced = _replaced(adapters)
+    replaced = _replaced(adapters, base)
+    scaled = next((u.module for a, _ in adapters for u in a.updates if u.magnitude and u.magnitude.scales_bias), None)
+    if election is not None and scaled is not None:
+        raise UsageError(f"{scaled} scales its bias too, of which {election.method} would know nothing.")
     if election is not None:
         return _elected(adapters, sharing, ranks, election, base, replaced, device, threads, seed)
     if doras and base is not None and ranks is not None:
@@ -133,18 +137,24 @@ def _rank(update: Update) -> int | None:
     return update.delta.rank if isinstance(update.delta, LowRank) else None
 
 
-def _replaced(adapters: Sequence[Weighted]) -> dict[str, Replacement]:
-    """Tensors saved whole: of one adapter with weight 1, or the same in all."""
+def _replaced(adapters: Sequence[Weighted], base: Checkpoint | None) -> dict[str, Replacement]:
+    """Tensors saved whole: of one adapter with weight 1, or the same in all; those that are the base's do not count."""
     found: dict[str, Replacement] = {}
+    names = sorted({name for adapter, _ in adapters for name in adapter.replaced})
+    own = places.found(base, names) if base is not None and names else {}
     for adapter, weight in adapters:
         for name, replacement in adapter.replaced.items():
+            if name in own and _equal(own[name], replacement.tensor):
+                continue
             if weight != 1.0:
                 raise FitError(f"{name} was trained whole; a weight of {weight:g} cannot take a part of it.")
-            other = found.setdefault(name, replacement).tensor
-            own = replacement.tensor
-            if other is not own and (other.shape != own.shape or not bool((other.load() == own.load()).all())):
+            if not _equal(found.setdefault(name, replacement).tensor, replacement.tensor):
                 raise FitError(f"Two of the adapters bring {name} whole, with different values; only one can be kept.")
     return found
+
+
+def _equal(a: Ref, b: Ref) -> bool:
+    return a is b or (a.shape == b.shape and bool((a.load() == b.load()).all()))
 
 
 def _low(update: Update) -> LowRank:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 
 import torch
 
@@ -10,9 +13,9 @@ from ..adapter import Adapter, Axis, Magnitude, Replacement, Update
 from ..checkpoint import Checkpoint, TensorInfo, arranged, constant, ref, tiles
 from ..compare import distances
 from ..dtypes import DTYPES
-from ..errors import FitError
+from ..errors import FitError, InputError
 from ..merging import Normed, norms
-from ..names.ties import CONV1D_LAYERS, CONV1D_MODELS, may_be_tied, ties_of
+from ..names.ties import CONV1D_LAYERS, CONV1D_MODELS, ties_of
 from .outcome import Module, Outcome, measured
 from .ranks import Ranks
 from .subspace import Matrix, Progress, fits
@@ -33,49 +36,46 @@ def extract(
 ) -> Outcome:
     """The nearest LoRA, or DoRA (m = ‖W'‖ of each output, exactly), that turns ``base`` into ``tuned``.
 
-    Matrices of linear layers that differ are fitted. Everything else that differs (norms, biases, embeddings, tensors
-    that only one has) is refused by name with FitError, or with ``save_rest`` saved whole.
+    Matrices of linear and conv layers that differ are fitted. Everything else that differs (norms, biases, embeddings,
+    tensors that only the tuned model has) is refused by name with FitError, or with ``save_rest`` saved whole. Raises
+    InputError for NaN and Inf.
     """
-    changed, rest = _changes(base, tuned, threads, progress)
-    matrices = [_matrix(base, name, dora) for name in changed]
+    ties = _ties(base)
+    old, new = _completed(base, ties), _completed(tuned, ties)
+    changed, rest = _changes(base, old, new, ties, threads, progress)
+    matrices = [_matrix(old, name, dora) for name in changed]
     if rest and not save_rest:
         more = f", and {len(rest) - 1} more" if len(rest) > 1 else ""
         raise FitError(
-            f"{rest[0]}{more} differ, and no low-rank update of a linear layer describes that. --save-rest keeps them "
-            "whole, as modules_to_save."
+            f"{min(rest)}{more} differ, and no low-rank update of a linear layer describes that. --save-rest keeps "
+            "them whole, as modules_to_save."
         )
     if not matrices and not rest:
         raise FitError("The two models do not differ.")
-    view = arranged(base, widths={m.name: base.tensors[m.name].nbytes and _flat(base.tensors[m.name]) for m in matrices
-                                  if m.kind == "conv"})  # fmt: skip
-    other = arranged(tuned, widths={m.name: _flat(tuned.tensors[m.name]) for m in matrices if m.kind == "conv"})
-    made, totals = fits(view, other, matrices, ranks, device=device, threads=threads, seed=seed, progress=progress)
-    found: dict[str, torch.Tensor] = {}
+    ranks.check({m.module: m.shape(old.tensors[m.name]) for m in matrices})
+    made, totals = fits(old, new, matrices, ranks, device=device, threads=threads, seed=seed, progress=progress)
+    magnitudes: dict[str, Magnitude] = {}
     if dora:
         wanted = {m.module: Normed(m.name, m.scaled or "out", lambda: _AsItIs()) for m in matrices}
-        found = {module: n.float().cpu() for module, n in norms(other, wanted, threads, device)}
-    updates = tuple(
-        Update(
-            m.module,
-            made[m.module],
-            Magnitude(constant(found[m.module], f"{m.module}.magnitude"), "out") if dora else None,
-            None,
-            m.kind,
-            m.kernel_size,
-            m.turned or None,
-        )
+        for module, n in norms(new, wanted, threads, device):
+            magnitudes[module] = Magnitude(constant(n.float().cpu(), f"{module}.magnitude"), "out")
+    updates = [
+        Update(m.module, made[m.module], magnitudes.get(m.module), None, m.kind, m.kernel_size, m.turned or None)
         for m in matrices
-    )
-    replaced = {name: Replacement(ref(tuned, name), shared=False) for name in rest}
-    adapter = Adapter(updates, replaced, base_model, format="extracted")
-    modules = [Module(m.module, m.shape(view.tensors[m.name]), None, made[m.module].rank, totals[m.module])
-               for m in matrices]  # fmt: skip
+    ]
+    replaced = {name: Replacement(ref(new, name), shared) for name, shared in rest.items()}
+    adapter = Adapter(tuple(updates), replaced, base_model, format="extracted")
     places = {m.module: m.name for m in matrices}
-    change = distances(view, other, places.values(), threads, device) if dora else {}
-    modules = [replace(m, delta=change[places[m.module]].difference) if dora else m for m in modules]
-    found_errors = measured(modules, replace(adapter, replaced={}), base, other, places, device, threads)
+    apart = distances(old, new, places.values(), threads, device) if dora else {}
+    modules = [
+        Module(m.module, m.shape(old.tensors[m.name]), None, made[m.module].rank,
+               apart[m.name].difference if dora else totals[m.module])
+        for m in matrices
+    ]  # fmt: skip
+    bare = replace(adapter, replaced={})
+    found = measured(modules, bare, base, new, places, device, threads) if updates else []
     notes = (f"{len(rest)} tensors are saved whole.",) if rest else ()
-    return Outcome("extract", adapter, tuple(found_errors), notes)
+    return Outcome("extract", adapter, tuple(found), notes)
 
 
 class _AsItIs:
@@ -102,47 +102,80 @@ def _matrix(base: Checkpoint, name: str, dora: bool) -> Matrix:
     return Matrix(module, name, "linear", turned, (), axis)
 
 
-def _changes(base: Checkpoint, tuned: Checkpoint, threads: int, progress: Progress) -> tuple[list[str], list[str]]:
-    """Matrices that differ, and everything else that does. Raises FitError where the models are not of one kind."""
+_EMBEDDING = re.compile(r"emb|wte|wpe|(^|\.)shared\.")
+
+
+def _ties(base: Checkpoint) -> Mapping[str, str]:
+    """Tied name → what it is tied to, by the architecture."""
+    named = (base.metadata.get("config") or {}).get("architectures")
+    return ties_of(named[0]) or {} if isinstance(named, list) and named and isinstance(named[0], str) else {}
+
+
+def _completed(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Checkpoint:
+    """With both ends of every tie, of which files mostly hold one, and conv weights as matrices."""
+    pairs = [*ties.items(), *((source, tied) for tied, source in ties.items())]
+    known = checkpoint.tensors
+    aliases = {new: old for new, old in pairs if new not in known and old in known}
+    widths = {n: _flat(i) for n, i in known.items() if n.endswith(".weight") and len(i.shape) > 2}
+    return arranged(checkpoint, aliases, widths)
+
+
+def _changes(
+    base: Checkpoint, old: Checkpoint, new: Checkpoint, ties: Mapping[str, str], threads: int, progress: Progress
+) -> tuple[list[str], dict[str, bool]]:
+    """Matrices that differ, and everything else that does, with whether it is the base's own parameter that changed.
+
+    Raises FitError where the models are not of one kind.
+    """
     config = base.metadata.get("config") or {}
-    named = config.get("architectures")
-    ties = ties_of(named[0]) if isinstance(named, list) and named and isinstance(named[0], str) else {}
-    tied = {name for pair in (ties or {}).items() for name in pair}
-    missing = [name for name in base.tensors if name not in tuned.tensors and name not in tied]
+    missing = [name for name in old.tensors if name not in new.tensors]
     if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FitError(
-            f"The tuned model has no {missing[0]}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which "
-            "the base has. Are they the same architecture?"
+            f"The tuned model has no {missing[0]}{more}, which the base has. Are they the same architecture?"
         )
-    rest = [name for name in tuned.tensors if name not in base.tensors and name not in tied]
-    for name in tuned.tensors:
-        if name in tied and name not in base.tensors:
-            source = next((n for pair in (ties or {}).items() if name in pair for n in pair if n in base.tensors), None)
-            if source is None or not _same(base, source, tuned, name):
-                rest.append(name)
-    alike = [n for n, i in base.tensors.items() if n in tuned.tensors and tuned.tensors[n].shape == i.shape]
-    rest += [n for n in base.tensors if n in tuned.tensors and n not in alike]
-    floating = [n for n in alike if DTYPES[base.tensors[n].dtype].floating and DTYPES[tuned.tensors[n].dtype].floating]
-    apart = distances(base, tuned, floating, threads, progress=progress)
-    differ = [n for n in floating if apart[n].difference > 0]
-    vocabulary = config.get("vocab_size")
-    changed = []
-    for name in differ:
-        shape = base.tensors[name].shape
-        embedding = (
-            may_be_tied(name) and (name in tied or shape[:1] == (vocabulary,)) and not name.startswith("lm_head")
+    whole = [name for name in new.tensors if name not in old.tensors]
+    matrices: list[str] = []
+    alike = [name for name, info in old.tensors.items() if new.tensors[name].shape == info.shape]
+    for name in old.tensors.keys() - set(alike):
+        was, now = old.tensors[name].shape, new.tensors[name].shape
+        if was[1:] != now[1:] or was[:1] != (config.get("vocab_size"),):
+            raise FitError(f"{name} has shape {list(was)} in the base and {list(now)} in the tuned model.")
+        whole.append(name)
+    floating = [n for n in alike if DTYPES[old.tensors[n].dtype].floating and DTYPES[new.tensors[n].dtype].floating]
+    apart = distances(old, new, floating, threads, progress=progress)
+    for name in floating:
+        if not isfinite(apart[name].difference):
+            raise InputError(f"{name} holds NaN or Inf in one of the models.")
+        shape = old.tensors[name].shape
+        matrix = (
+            name.endswith(".weight") and len(shape) > 1 and min(old.tensors[name].rows, _flat(old.tensors[name])) > 1
         )
-        if (
-            name.endswith(".weight")
-            and len(shape) >= 2
-            and not embedding
-            and min(shape[0], _flat(base.tensors[name])) > 1
-        ):
-            changed.append(name)
+        if apart[name].difference and matrix and not _EMBEDDING.search(name):
+            matrices.append(name)
+        elif apart[name].difference:
+            whole.append(name)
+    whole += [name for name in alike if name not in floating and not _same(old, name, new, name)]
+    together = set[str]()
+    for tied, source in ties.items():
+        if tied in old.tensors and {tied, source} & {*matrices, *whole}:
+            one = config.get("tie_word_embeddings") is not False and _same(old, tied, old, source)
+            if one and _same(new, tied, new, source):  # still one weight
+                matrices = [name for name in matrices if name not in (tied, source)]
+                whole = [name for name in whole if name not in (tied, source)]
+                stored = source if source in base.tensors else tied
+                together.add(stored)
+    adapted = {name.removesuffix(".weight") for name in matrices}
+    rest = dict.fromkeys(sorted(together), True)
+    for name in whole:
+        module = name.rpartition(".")[0]
+        beside = [n for n in new.tensors if n.rpartition(".")[0] == module]
+        large = any(len(new.tensors[n].shape) > 1 for n in beside if n not in whole)
+        if not module or module in adapted or large:
+            rest[name] = True  # the base's own parameter, in a layer that is not saved
         else:
-            rest.append(name)
-    whole = [n for n in alike if n not in floating and not _same(base, n, tuned, n)]
-    return changed, [*rest, *whole]
+            rest |= dict.fromkeys(beside, False)  # a module is saved with all that is in it
+    return matrices, rest
 
 
 def _same(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:

@@ -49,6 +49,7 @@ def to_lora(
         Matrix(u.module, places[u.module], u.kind, turned[u.module], u.kernel_size)
         for u in (old[module] for module in todo)
     ]
+    ranks.check({m.module: m.shape(binding.base.tensors[m.name]) for m in matrices})
     dropped = _without_magnitude(alone, binding, device, threads) if alone is not None else {}
     made, totals = fits(
         binding.base, merged, matrices, ranks, device=device, threads=threads, seed=seed, progress=progress
@@ -108,4 +109,8 @@ def _without_magnitude(adapter: Adapter, binding: Binding, device: str, threads:
         return Normed(name, b.magnitude.axis, lambda: b.delta.kernel(1.0, device, dtype))
 
     found = norms(binding.base, {module: wanted(*at) for module, at in placed.items()}, threads, device)
-    return {module: float((vectors[module].load().double() - n.double().cpu()).norm()) for module, n in found}
+    errors: dict[str, float] = {}
+    for module, n in found:
+        apart = vectors[module].load().double() - n.double().cpu()
+        errors[module] = float(apart[n.cpu() > 0].norm())  # without direction W' is V, whatever m says
+    return errors

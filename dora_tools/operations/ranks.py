@@ -57,7 +57,9 @@ class Ranks:
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuse what no module can have, before any work. Raises FitError."""
-        largest = max((min(shape) for shape in shapes.values()), default=0)
+        if not shapes:
+            return
+        largest = max(min(shape) for shape in shapes.values())
         if self.rank is not None and self.rank > largest:
             raise FitError(f"Rank {self.rank} is more than any of the matrices can have ({largest} at most).")
         least = sum(out + in_ for out, in_ in shapes.values())
@@ -78,6 +80,8 @@ class Ranks:
         most = max(1, min(len(spectrum.values), *spectrum.shape, self.most or max(spectrum.shape)))
         if self.rank is not None:
             return min(self.rank, *spectrum.shape)
+        if self.energy == 1:
+            return max(1, min(most, sum(value > 0 for value in spectrum.values)))
         if self.energy is not None:
             sought, kept = self.energy * spectrum.total, 0.0
             for count, value in enumerate(spectrum.values[:most], 1):

@@ -23,7 +23,8 @@ from .ranks import Ranks, Spectrum
 
 Progress = Callable[[int], None]
 _OVERSAMPLING = 16
-_ITERATIONS = 4  # of subspace iteration; of the alternation with a DoRA's scale of each row
+_ITERATIONS = 4  # of subspace iteration
+_ROUNDS, _STILL = 40, 3e-6  # of the alternation with a DoRA's scale of each row: at most, and until it moves less
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +145,13 @@ def _free_scale(pair: _Pair, basis: torch.Tensor, count: int) -> torch.Tensor:
     """Find the scale c of each row (or column) under which X = c W' − W has the lowest rank; returns a row basis.
 
     A DoRA's W' is m ⊙ V/‖V‖ with V = W + s·BA, so c = ‖V‖/m, which nobody stored. Outside the update's row space V
-    and W agree, hence c = ⟨w, w'⟩/⟨w', w'⟩ there; the row space and c improve each other.
+    and W agree, hence c = ⟨w, w⟩/⟨w, w'⟩ there (which of all c brings V's direction nearest to that of w'); the row
+    space and c improve each other.
     """
     along_rows, dtype = pair.matrix.scaled == "out", working(pair.info.dtype)
     known = torch.empty(pair.width if along_rows else pair.rows, 0, dtype=torch.float64)
-    for _ in range(_ITERATIONS + 2):
-        pair.scale = _scale(pair, known)
+    pair.scale = _scale(pair, known)
+    for _ in range(_ROUNDS):
         right = basis.to(device=pair.device, dtype=dtype)
         gram = torch.zeros(pair.width, basis.shape[1], dtype=torch.float64, device=pair.device)
         reached = torch.empty(pair.rows, basis.shape[1], dtype=torch.float64, device=pair.device)
@@ -160,7 +162,9 @@ def _free_scale(pair: _Pair, basis: torch.Tensor, count: int) -> torch.Tensor:
         u, _, _ = torch.linalg.svd(gram.cpu(), full_matrices=False)
         basis = u
         known = u[:, :count] if along_rows else torch.linalg.svd(reached.cpu(), full_matrices=False)[0][:, :count]
-    pair.scale = _scale(pair, known)
+        before, pair.scale = pair.scale, _scale(pair, known)
+        if bool(((pair.scale - before).abs() <= _STILL * before.abs()).all()):
+            break
     return basis
 
 
@@ -172,16 +176,17 @@ def _scale(pair: _Pair, known: torch.Tensor) -> torch.Tensor:
     of_old, of_new = (torch.zeros(known.shape[1], size, dtype=torch.float64, device=pair.device) for _ in range(2))
     for rows, old, new in pair.tiles():
         if along_rows:
-            dots[rows], squares[rows] = (old * new).sum(1).double(), (new * new).sum(1).double()
+            dots[rows], squares[rows] = (old * new).sum(1).double(), (old * old).sum(1).double()
             of_old[:, rows], of_new[:, rows] = (old @ space).T.double(), (new @ space).T.double()
         else:
             dots += (old * new).sum(0).double()
-            squares += (new * new).sum(0).double()
+            squares += (old * old).sum(0).double()
             of_old += (space[rows].T @ old).double()
             of_new += (space[rows].T @ new).double()
-    dots -= (of_old * of_new).sum(0)
-    rest = squares - of_new.square().sum(0)
-    return torch.where(rest > 1e-9 * squares, dots / rest, torch.ones_like(dots))
+    outside, rest = dots - (of_old * of_new).sum(0), squares - of_old.square().sum(0)
+    # where next to nothing is outside, or the two are opposed there, any scale will do
+    told = (rest > 1e-5 * squares) & (outside > 1e-5 * dots.abs())
+    return torch.where(told, rest / outside, torch.ones_like(dots)).cpu()
 
 
 def fits(
@@ -201,11 +206,11 @@ def fits(
     InputError for NaN and Inf.
     """
     shapes = {m.module: m.shape(base.tensors[m.name]) for m in matrices}
-    ranks.check(shapes)
+    caps = {module: ranks.cap(shape, shapes) for module, shape in shapes.items()}
 
     def one(matrix: Matrix) -> _Fit:
         single_threaded()
-        return _fit(_Pair(base, tuned, matrix, device, progress), ranks, ranks.cap(shapes[matrix.module], shapes), seed)
+        return _fit(_Pair(base, tuned, matrix, device, progress), ranks, caps[matrix.module], seed)
 
     made: dict[str, LowRank] = {}
     kept: dict[str, _Fit] = {}
@@ -218,7 +223,15 @@ def fits(
             made[matrix.module] = _update(matrix, kept.pop(matrix.module), rank)
     if kept:
         of = {m.module: m for m in matrices}
-        chosen = ranks.choose({module: kept[module].spectrum(shapes[module]) for module in shapes})
+        while True:
+            chosen = ranks.choose({module: kept[module].spectrum(shapes[module]) for module in shapes})
+            full = {module: min(*shapes[module], ranks.most or max(shapes[module])) for module in shapes}
+            short = [m for m in by_size if chosen[m.module] == len(kept[m.module].values) < full[m.module]]
+            if not short:
+                break
+            for m in short:  # it would take more than is known of it
+                caps[m.module] = min(2 * caps[m.module], full[m.module])
+            kept |= {m.module: fit for m, fit in blocks(short, one, threads)}
         made = {module: _update(of[module], fit, chosen[module]) for module, fit in kept.items()}
     return made, totals
 
