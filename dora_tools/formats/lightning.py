@@ -13,6 +13,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, View
 from ..errors import InputError, UnsupportedError
+from ..names.patterns import ADAPTER_PART
 from ..names.places import Places
 from ..names.ties import TASK_HEADS, may_be_tied
 from . import Format, Given, Reading, read
@@ -27,9 +28,11 @@ _WRAPPERS = {
 _STATES = ("state_dict", "model", "module")  # where the network's tensors lie in the saved object
 _ATTRIBUTES = re.compile(r"(model|net|network|backbone|llm|lm|module|transformer_model)\.")
 _PEFT = re.compile(r"^((?:[\w.]+\.)?)base_model\.model\.")  # the PeftModel between the attribute and the network
-_COPIES = re.compile(r"(^|\.)(ema|ema_model|model_ema|ema_net|average_model|averaged_model|swa_model)\.")
-_TRAINING = re.compile(r"optim|sched|callback|loop|scaler|amp|rng|random|metric|param|args|config|datamodule|state$")
-_ADAPTER = re.compile(r"(^|[._])(lora|dora)(_|\.|$)|lora_[AB]|lora_[ab]\b|magnitude", re.IGNORECASE)
+_COPIES = re.compile(r"(^|\.)(ema(_\w+)?|\w+_ema|averaged?_model|swa_model)\.")
+_TRAINING = re.compile(  # what training keeps beside the network: no weights, and too many to list
+    r"optim\w*|opt_states?|(lr_)?schedul\w*|callbacks?|\w*loops?|(grad_)?scaler\w*|amp|rng\w*|random_states?|metrics?|"
+    + "|".join(("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args"))
+)
 _HPARAMS = ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args")
 _INNER = re.compile(r"(lora|peft|adapter)_?(config|args|params)?|model|config|args|hparams")
 
@@ -62,14 +65,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     names: dict[str, str] = {}
     for name in checkpoint.tensors:
         if not name.startswith(prefix):
-            top = name.partition(".")[0]
-            if _ADAPTER.search(name) and not (_TRAINING.search(top) or _COPIES.search(name)):
-                raise InputError(
-                    f"{name} looks like a part of an adapter, outside of '{prefix}…' where the network is. Save the "
-                    "networks in files of their own."
-                )
-            if not _TRAINING.search(top):  # optimizers, callbacks: no weights, and far too many to list
-                left_out[name] = f"not of the network ('{prefix}…')"
+            left_out |= _beside(name, prefix)
             continue
         inner = _unwrapped(name.removeprefix(prefix))
         inner = _PEFT.sub(r"\1", inner)
@@ -84,6 +80,9 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
             raise InputError(f"{name} and {names[inner]} are both '{inner}' without the wrappers in their names.")
         names[inner] = name
     opaque = checkpoint.metadata.get("opaque", {})
+    for name in opaque:
+        if not name.startswith(prefix):
+            left_out |= _beside(name, prefix)
     hparams, values = _hyper_parameters(checkpoint)
     metadata: dict[str, Any] = {
         "hyper_parameters": hparams,
@@ -103,6 +102,20 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     if given.prefix:
         return reading
     return _as_in_the_base(reading, given.base()) if given.base else _of_the_network(reading)
+
+
+def _beside(name: str, prefix: str) -> dict[str, str]:
+    """Why a tensor outside of the network is left out, if that is worth a word. Raises InputError for an adapter's."""
+    if _TRAINING.fullmatch(name.partition(".")[0]):
+        return {}
+    if _COPIES.search(name):
+        return {name: "a running average of the weights"}
+    if ADAPTER_PART.search(name):
+        raise InputError(
+            f"{name} looks like a part of an adapter, outside of '{prefix}…' where the network is. Save the networks "
+            "in files of their own."
+        )
+    return {name: f"not of the network ('{prefix}…')"}
 
 
 def _unwrapped(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ..adapter import Adapter, LowRank, Magnitude, Replacement, Update
 from ..checkpoint import Checkpoint, Ref, Tensors, View, ref
 from ..errors import InputError, TargetError, UnsupportedError
-from ..names.patterns import compiled
+from ..names.patterns import ADAPTER_PART, compiled
 from . import Format, Given, Reading, Written
 
 _LEAVES = {
@@ -277,6 +277,8 @@ def _sort_keys(
         if not path or not all(path):
             raise InputError(f"{key!r} is no name of a tensor in a model.")
         at = next((i for i, segment in enumerate(path) if segment.startswith("lora_")), None)
+        if at is None and ADAPTER_PART.search(key):
+            raise InputError(f"{key} belongs to an adapter, but is none of PEFT's keys: is the file of two formats?")
         if at is None:
             _sort_saved(checkpoint, key, path, saved, replaced, left_out)
             continue

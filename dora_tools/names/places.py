@@ -104,6 +104,8 @@ def _prefix_rule(modules: Sequence[str], others: Sequence[str], known: Mapping[s
 
     scores = {rule: (met(rule, modules), met(rule, others)) for rule in rules}
     counts = {rule: (len(first), len(second)) for rule, (first, second) in scores.items()}
+    if counts["", ""][0] == max(count for count, _ in counts.values()):
+        return "", ""  # whatever the others say
     most = max(counts.values())
     best = sorted((rule for rule in rules if counts[rule] == most), key=lambda r: (len(r[0]), len(r[1]), r))
     if ("", "") in best:

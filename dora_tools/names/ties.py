@@ -7,6 +7,7 @@ Facts of the architectures as transformers declares them. ``ties.json`` is made 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
@@ -15,6 +16,9 @@ from typing import Any
 # Models with transformers' Conv1D layers, whose weights are stored (in, out), and what those layers are called.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+# What embeddings are called in transformers' models.
+EMBEDDING_NAME = re.compile(r"emb|^wte$|^wpe$|^shared$")
 
 # Where the language model stands in a multimodal one: transformers 5's names, and those of older files.
 MOVED = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))

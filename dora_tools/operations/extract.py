@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
@@ -15,7 +14,7 @@ from ..compare import distances
 from ..dtypes import DTYPES
 from ..errors import FitError, InputError
 from ..merging import Normed, norms
-from ..names.ties import CONV1D_LAYERS, CONV1D_MODELS, ties_of
+from ..names.ties import CONV1D_LAYERS, CONV1D_MODELS, EMBEDDING_NAME, ties_of
 from .outcome import Module, Outcome, measured
 from .ranks import Ranks
 from .subspace import Matrix, Progress, fits
@@ -102,9 +101,6 @@ def _matrix(base: Checkpoint, name: str, dora: bool) -> Matrix:
     return Matrix(module, name, "linear", turned, (), axis)
 
 
-_EMBEDDING = re.compile(r"emb|wte|wpe|(^|\.)shared\.")
-
-
 def _ties(base: Checkpoint) -> Mapping[str, str]:
     """Tied name → what it is tied to, by the architecture."""
     named = (base.metadata.get("config") or {}).get("architectures")
@@ -151,7 +147,7 @@ def _changes(
         matrix = (
             name.endswith(".weight") and len(shape) > 1 and min(old.tensors[name].rows, _flat(old.tensors[name])) > 1
         )
-        if apart[name].difference and matrix and not _EMBEDDING.search(name):
+        if apart[name].difference and matrix and not any(EMBEDDING_NAME.search(part) for part in name.split(".")):
             matrices.append(name)
         elif apart[name].difference:
             whole.append(name)

@@ -156,10 +156,7 @@ def _write(table: Table, adapter: Adapter) -> Written:
                 "and change what is tied to it too. Give --base to show that nothing is, or merge."
             )
         _put(refs, _replaced_key(rules, name, adapter), replacement.tensor)
-    again, _, _ = sort(table, Tensors(refs))
-    lost = {u.module for u in adapter.updates} ^ {module.path for module in again}
-    if lost:
-        raise TargetError(f"{min(lost)} cannot be written so that format '{table.name}' reads the same name back.")
+    _check_again(table, adapter, refs)
     if alpha_key:
         config = {**table.config, "r": largest, alpha_key: largest, "base_model_name_or_path": adapter.base_model}
         config["target_modules"] = sorted({u.module.rpartition(".")[2] for u in adapter.updates})
@@ -170,6 +167,24 @@ def _write(table: Table, adapter: Adapter) -> Written:
     note = {"alpha": "alpha = 1", "one": "", "rslora": "alpha = √rank"}.get(table.scale_rules[0], "alpha = rank")
     notes = (f"The scaling is in lora_B: use it with {note}, a scaling of 1.",) if note else ()
     return Written(Tensors(refs), table.file, notes=notes)
+
+
+def _check_again(table: Table, adapter: Adapter, refs: Mapping[str, Ref]) -> None:
+    """That the table reads every key back as what it was written for. Raises TargetError."""
+    modules, rest, _ = sort(table, Tensors(refs))
+    found = {(m.path, role) for m in modules for role in m.keys} | {(table.renamed(key), "") for key in rest}
+    wanted = set[tuple[str, str]]()
+    for update in adapter.updates:
+        roles = ("lora_A", "lora_B") if isinstance(update.delta, LowRank) else ()
+        wanted |= {(update.module, role) for role in (*roles, *(("magnitude",) if update.magnitude else ()))}
+    paths = {update.module for update in adapter.updates}
+    with_bias = any(rule.role == "bias" and rule.write for rule in table.rules)
+    for name in adapter.replaced:
+        module, _, parameter = name.rpartition(".")
+        wanted.add((module, "bias") if with_bias and parameter == "bias" and module in paths else (name, ""))
+    lost = found ^ wanted
+    if lost:
+        raise TargetError(f"{min(lost)[0]} cannot be written so that format '{table.name}' reads the same name back.")
 
 
 def _put(refs: dict[str, Ref], key: str, promise: Ref) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...checkpoint import Checkpoint, Ref
 from ...errors import InputError, UnsupportedError, UsageError
+from ...names.patterns import ADAPTER_PART
 from .. import Given
 from .syntax import SHAPED, Rule, Shape, Table
 
@@ -83,16 +83,13 @@ def sort(table: Table, checkpoint: Checkpoint) -> tuple[list[Module], list[str],
     return list(modules.values()), rest, left_out
 
 
-_PARTS = re.compile(r"(^|[._])(lora|dora)([._]|$)|lora_?[ab]\b|magnitude|parametrizations", re.IGNORECASE)
-
-
 def refuse_leftovers(reader: Reader, modules: Sequence[Module], rest: Sequence[str]) -> None:
     """Keys that no rule knows but that belong to an adapter: taken as weights, their update would be lost."""
     table, adapted = reader.table, {module.path for module in modules}
     explicit = [rule.pattern for rule in table.rules if rule.role == "replace" and rule.pattern.groups == 0]
     for key in rest:
         below = table.renamed(key).rpartition(".")[0] in adapted
-        if (below or _PARTS.search(key)) and not any(pattern.fullmatch(key) for pattern in explicit):
+        if (below or ADAPTER_PART.search(key)) and not any(pattern.fullmatch(key) for pattern in explicit):
             raise InputError(
                 f"{key} belongs to an adapter, but format '{table.name}' knows no such key. If it may be ignored, or "
                 "is something else, say so in a table of your own (inspect --suggest-format begins one)."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ...checkpoint import Checkpoint, Ref, ref, tiles
 from ...errors import InputError, UnsupportedError
 from ...names.places import found
-from ...names.ties import CONV1D_LAYERS, CONV1D_MODELS
+from ...names.ties import CONV1D_LAYERS, CONV1D_MODELS, EMBEDDING_NAME
 from .keys import Module, Reader
 from .shapes import Equation, determined, labels, solve
 from .syntax import SHAPED, Shape
@@ -123,7 +123,8 @@ def decide_orientation(reader: Reader, modules: Sequence[Module]) -> None:
     for module in doubtful:
         assert module.layout is not None
         assert module.weight is not None
-        named = kind in CONV1D_MODELS and module.path.rpartition(".")[2] in CONV1D_LAYERS
+        last = module.path.rpartition(".")[2]
+        named = (kind in CONV1D_MODELS and last in CONV1D_LAYERS) or bool(EMBEDDING_NAME.search(last))
         vocabular = config.get("vocab_size") == module.weight.shape[0]
         if reader.given.fan_in_fan_out is not None:
             module.turned = reader.given.fan_in_fan_out

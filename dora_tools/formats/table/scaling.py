@@ -22,8 +22,11 @@ def scaling_of(reader: Reader, rank: int, module: Module) -> tuple[float, str]:
     rule = given.scale_rule or (table.scale_rules[0] if len(table.scale_rules) == 1 else None)
     said = "--scale-rule one" if given.scale_rule else f"1, the rule of {table.name}"
     hparams = reader.checkpoint.metadata.get("hyper_parameters", {})
+    flags = reader.checkpoint.metadata.get("hyper_parameter_values", {}).get("use_rslora", [])
     if given.scale_rule is None and rule != "one" and hparams.get("use_rslora") is True:
         rule = "rslora"
+    if given.scale_rule is None and True in flags and False in flags:
+        raise InputError(f"{module.path}: use_rslora is true and false among the hyper-parameters. Say --scale-rule.")
     attributes = _attributes(reader, module)
     own = _number(attributes.get("scaling")) if given.alpha is None and given.scale_rule is None else None
     if own:

@@ -334,9 +334,11 @@ def _source(text: Any, where: str) -> str:
         raise InputError(f"{where}: a source of alpha is hparam:NAME, config:NAME or literal:NUMBER, not {text!r}.")
     if kind == "literal":
         try:
-            float(name)
-        except ValueError as error:
-            raise InputError(f"{where}: '{text}' is no number.") from error
+            usable = 1e-30 < abs(float(name)) < 1e30
+        except ValueError:
+            usable = False
+        if not usable:
+            raise InputError(f"{where}: '{text}' is no number that an alpha can be.")
     return str(text)
 
 
