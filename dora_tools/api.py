@@ -18,10 +18,22 @@ from .formats import Given
 from .layout import File, Layout
 from .names.places import found
 from .names.ties import may_be_tied
-from .opening import AdapterLike, BaseLike, base_of, inputs_of, opened, read, strengths_of, with_base, workers
+from .opening import (
+    AdapterLike,
+    BaseLike,
+    base_of,
+    inputs_of,
+    left_out_notes,
+    opened,
+    read,
+    strengths_of,
+    with_base,
+    workers,
+)
 from .opening import open_checkpoint as open_checkpoint
 from .opening import read_adapter as read_adapter
 from .planning import MergePlan as MergePlan
+from .planning import into_its_own
 from .planning import plan_merge as plan_merge
 from .selftest import check_table
 from .summary import Summary, summarise
@@ -53,6 +65,19 @@ def write_adapter(
     return written.notes
 
 
+def check_output(path: str | Path, format: str, force: bool, sources: Iterable[Path]) -> None:
+    """What ``write_adapter`` would refuse whatever the adapter is. Raises UsageError, TargetError."""
+    check_table(format)
+    if formats.named(format).write is None:
+        raise TargetError(f"Format '{format}' can be read, not written.")
+    folder = Path(path)
+    if not force:
+        check_target(Layout([]), folder, sources, force)
+    for source in sources:
+        if folder.exists() and source.samefile(folder):
+            raise UsageError(f"{folder} is an input; write somewhere else.")
+
+
 def convert(
     path: str | Path,
     out: str | Path,
@@ -72,7 +97,7 @@ def convert(
     reading, place = read(path, format, with_base(given, base))
     if reading.doubt:
         raise InputError(reading.doubt)
-    adapter, left = reading.adapter, tuple(f"left out {name}: {why}" for name, why in reading.left_out.items())
+    adapter, left = reading.adapter, tuple(left_out_notes(reading.left_out))
     if base is not None:
         adapter, same = _beside(adapter, base_of(base))
         left += (f"{same} tensors are as in the base and are left out.",) if same else ()
@@ -137,19 +162,27 @@ def suggest_format(path: str | Path) -> str:
 
 def merged(
     adapter: AdapterLike | Sequence[AdapterLike],
-    base: BaseLike,
+    base: BaseLike | None = None,
     *,
     strength: float | Sequence[float] = 1.0,
     device: str = "cpu",
+    format: str | None = None,
+    given: Given | None = None,
 ) -> LazyTensors:
     """The merged model as a mapping of names to lazy tensors (``shape``, ``dtype``, ``[...]`` → tensor).
 
     Nothing is written; a tensor is computed when it is asked for, and only it. Fits transformers' ``state_dict=``; its
-    ``config`` is the config.json that goes with it.
+    ``config`` is the config.json that goes with it. ``base`` None: the one that came in the adapter's own file.
     """
     from .merging import LazyTensors, Merged
 
-    inputs = inputs_of(adapter, strength)
+    inputs = inputs_of(adapter, strength, format, with_base(given, base))
+    own = [i.base for i in inputs if i.base is not None]
+    if base is None and len(own) == 1:
+        inputs = [into_its_own(i) if i.base is not None else i for i in inputs]
+        base = own[0]
+    if base is None:
+        raise UsageError("Say which base is meant, as the adapter brings none.")
     binding = bind([(i.adapter, i.strength) for i in inputs], base_of(base))
     config = binding.config if binding.config is not None else binding.base.metadata.get("config", {})
     return LazyTensors(Merged(binding, device), config)

@@ -17,6 +17,7 @@ from .adapter import Adapter, LowRank
 from .checkpoint import Checkpoint, plain
 from .errors import InputError, ResourceError, UsageError
 from .formats import Given
+from .names.patterns import ADAPTER_KEY
 from .selftest import check_table
 
 AdapterLike = Adapter | str | Path
@@ -59,9 +60,17 @@ def with_base(given: Given | None, base: BaseLike | None) -> Given:
 
 
 def base_of(base: BaseLike) -> Checkpoint:
-    if isinstance(base, str | Path):
-        return plain(containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES), str(base))
-    return base
+    """A base. Raises InputError for what is none: a training checkpoint that has an adapter in it."""
+    if not isinstance(base, str | Path):
+        return base
+    checkpoint = plain(containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES), str(base))
+    mixed = next((name for name in checkpoint.tensors if ADAPTER_KEY.search(name)), None)
+    if mixed is not None:
+        raise InputError(
+            f"{base} holds {mixed}: a training checkpoint with an adapter in it is no base. Give the original model, "
+            "or leave --base out, to merge the checkpoint into its own weights."
+        )
+    return checkpoint
 
 
 def inputs_of(
@@ -123,6 +132,20 @@ def opened(
         return found, base_of(name)
     except (InputError, ResourceError) as error:
         raise type(error)(f"{error} That is the base which the adapter names; say where it is with --base.") from error
+
+
+def left_out_notes(left_out: Mapping[str, str]) -> list[str]:
+    """What was left out: by name, or where many are for one reason, how many."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        reasons.setdefault(why, []).append(name)
+    notes = []
+    for why, names in reasons.items():
+        if len(names) > 16:
+            notes.append(f"left out {len(names)} tensors ({', '.join(names[:3])}, …): {why}")
+        else:
+            notes += [f"left out {name}: {why}" for name in names]
+    return notes
 
 
 def workers(threads: int | None) -> int:

@@ -18,7 +18,7 @@ from .dtypes import DTYPES, dtype_named
 from .errors import InputError, ResourceError, UsageError
 from .formats import Given
 from .layout import Computed, File, Layout, bytes_of
-from .opening import AdapterLike, BaseLike, Input, base_of, inputs_of, with_base, workers
+from .opening import AdapterLike, BaseLike, Input, base_of, inputs_of, left_out_notes, with_base, workers
 from .selftest import check_table
 from .write import Progress, check_room, check_target, write
 
@@ -50,7 +50,7 @@ class MergePlan:
     @property
     def notes(self) -> list[str]:
         """Sentences for the user: from reading, from binding."""
-        left = [f"{i.name}: left out {name}: {why}" for i in self.inputs for name, why in i.left_out.items()]
+        left = [f"{i.name}: {said}" for i in self.inputs for said in left_out_notes(i.left_out)]
         return [*(n for i in self.inputs for n in i.adapter.notes), *left, *self.binding.notes, *self.said]
 
     def counts(self) -> dict[str, tuple[int, int]]:
@@ -189,7 +189,7 @@ def plan_merge(
                 f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base."
             )
         if own:  # what the file holds whole is that base already
-            inputs = [_into_its_own(i) if i.base is own[0] else i for i in inputs]
+            inputs = [into_its_own(i) if i.base is own[0] else i for i in inputs]
         base = own[0] if own else names[0]
     try:
         place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
@@ -269,7 +269,7 @@ def plan_merge(
     )
 
 
-def _into_its_own(item: Input) -> Input:
+def into_its_own(item: Input) -> Input:
     """The adapter of a file that is also the base: its trained tensors are there, and maybe its update."""
     if item.merged is None:
         raise InputError(

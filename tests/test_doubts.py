@@ -332,7 +332,7 @@ def test_a_model_type_tells_how_square_weights_are_stored(work: Work, path: str,
 @pytest.mark.parametrize("turned", [True, False])
 def test_the_other_layers_tell_how_square_weights_are_stored(work: Work, turned: bool) -> None:
     state = loralib("a", 8, 6) | loralib("x", 6, 6)
-    tensors = {"a.weight": r(6, 8) if turned else r(8, 6), "a.bias": r(8), "x.weight": r(6, 6)}
+    tensors = {"a.weight": r(6, 8) if turned else r(8, 6), "a.bias": r(8), "x.weight": r(6, 6), "x.bias": r(6)}
     merged = work.merge(work.save(state | tensors), *ALPHA, "--saved-in", "train")
     assert f"x is square; it is taken to be stored {'(in, out)' if turned else '(out, in)'}" in work.said
     for name in "ax":

@@ -189,6 +189,8 @@ def test_every_format_into_every_other(name: str, to: str, tmp_path: Path) -> No
         return
     notes = dt.convert(FIXTURES / name, tmp_path / "converted", to, given=given(entry), base=base)
     again = dt.Given(scaling=1.0) if any("scaling of 1" in note for note in notes) else dt.Given()
+    if to == "loralib" and "gpt2" not in name:
+        again = replace(again, fan_in_fan_out=False)
     dt.merge(tmp_path / "converted", base, tmp_path / "out", given=again)
     error, _ = outputs(entry, tmp_path / "out")
     assert error < CLOSE

@@ -40,5 +40,4 @@ def command(
     from .. import api
 
     each: Any = weights[0] if len(weights) == 1 else list(weights) or 1.0
-    outcome = api.combine(adapters, each, base=base, method=method, density=density, seed=seed, **ranks, **options)
-    return outcome, (*adapters, base)
+    return api.combine(adapters, each, base=base, method=method, density=density, seed=seed, **ranks, **options)

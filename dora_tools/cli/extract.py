@@ -22,4 +22,4 @@ def command(base: str, tuned: str, ranks: Any, force: bool, **options: Any) -> A
     """Find the LoRA (or DoRA) of a given rank or energy that turns BASE into MODEL, and say how near it comes."""
     from .. import api
 
-    return api.extract(base, tuned, **ranks, **options), (base, tuned)
+    return api.extract(base, tuned, **ranks, **options)

@@ -105,6 +105,11 @@ def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float
     for kind, (count, size) in plan.counts().items():
         table.add_row(kind, str(count), human(size))
     console.print(table)
+    for item in plan.inputs:
+        for scaling in item.scaling():
+            console.print(
+                f"{item.name}: {scaling['modules']} modules, scaling {scaling['value']:g} = {scaling['source']}"
+            )
     if result is not None and stats:
         changes = {name: result.change(name) for name in result.merged}
         table = Table(box=None, pad_edge=False, header_style="bold")

@@ -136,7 +136,7 @@ def ranks(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def writing(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add where to write the adapter that the command returns, and write it: it gives (outcome, paths it read)."""
+    """Add where to write the adapter that the command returns, and write it."""
 
     @wraps(command)
     def gathered(*args: Any, out: str, to: str, force: bool, as_json: bool, **options: Any) -> None:
@@ -144,8 +144,11 @@ def writing(command: Callable[..., Any]) -> Callable[..., Any]:
 
         from .. import api
 
-        outcome, read = command(*args, force=force, **options)
-        sources = [Path(path) for path in read if path is not None and Path(path).exists()]
+        given = [options.get(n) for n in ("adapter", "base", "tuned")] + list(options.get("adapters", ()))
+        sources = [Path(path) for path in given if path and Path(path).exists()]
+        api.check_output(out, to, force, sources)
+        with progress(click.get_current_context().info_name or "", 0) as advance:
+            outcome = command(*args, force=force, progress=advance, **options)
         notes = api.write_adapter(outcome.adapter, out, to, force, sources)
         _say(outcome, notes, out, to, as_json)
 
@@ -178,14 +181,17 @@ def _say(outcome: Outcome, notes: tuple[str, ...], out: str, to: str, as_json: b
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Called with bytes: a bar with rate and time left on a terminal; else a line for each tenth of a long run."""
+    """Called with bytes: a bar with rate and time left on a terminal; else a line for each tenth of a long run.
+
+    ``total`` 0: nobody knows how much there is; then a line every ten seconds.
+    """
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), *([TimeRemainingColumn()] if total else []))
         with Progress(what, *columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(what, total=total or None)
             yield lambda count: bar.advance(task, count)
         return
     done, start, said = 0, time.monotonic(), 0
@@ -194,7 +200,10 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         nonlocal done, said
         done += count
         elapsed = time.monotonic() - start
-        if elapsed > 5 and done * 10 // total > said and done < total:
+        if elapsed > 5 and not total and elapsed // 10 > said:
+            said = int(elapsed // 10)
+            click.echo(f"{what}: {human(done)} in {elapsed:.0f} s", err=True)
+        if elapsed > 5 and total and done * 10 // total > said and done < total:
             said = done * 10 // total
             rate = done / elapsed
             click.echo(

@@ -25,4 +25,4 @@ def command(adapter: str, base: str | None, set_alpha: float | None, ranks: Any,
     """Change the rank of ADAPTER (lower: the nearest; higher: padded), or its alpha without changing what it does."""
     from .. import api
 
-    return api.rescale(adapter, base=base, alpha=set_alpha, **ranks, **options), (adapter, base)
+    return api.rescale(adapter, base=base, alpha=set_alpha, **ranks, **options)

@@ -27,4 +27,4 @@ def command(adapter: str, base: str | None, axis: Any, init: Any, force: bool, *
     """Turn LORA into a DoRA of the same merged weight: a magnitude for each output, to train on or to convert."""
     from .. import api
 
-    return api.to_dora(adapter, base, axis, init, **options), (adapter, base)
+    return api.to_dora(adapter, base, axis, init, **options)

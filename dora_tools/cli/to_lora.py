@@ -24,4 +24,4 @@ def command(adapter: str, base: str | None, seed: int, ranks: Any, **options: An
     """
     from .. import api
 
-    return api.to_lora(adapter, base, seed=seed, **ranks, **options), (adapter, base)
+    return api.to_lora(adapter, base, seed=seed, **ranks, **options)

@@ -181,7 +181,8 @@ def read(checkpoint: Checkpoint, where: str, name: str | None = None, given: Giv
     keys = ", ".join(list(checkpoint.tensors)[:4])
     raise InputError(
         f"{where} is not recognised as an adapter: {len(checkpoint.tensors)} tensors ({keys}{', …' if keys else ''}) "
-        f"and no adapter_config.json beside them. Formats that can be read: {', '.join(sorted(formats()))}."
+        f"and no adapter_config.json beside them. Formats that can be read: {', '.join(sorted(formats()))}. "
+        "For another one, inspect --suggest-format begins a table of your own (--custom)."
     )
 
 

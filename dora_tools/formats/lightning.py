@@ -25,7 +25,16 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_offload_wrapped_module",
 }
-_STATES = ("state_dict", "model", "module")  # where the network's tensors lie in the saved object
+_STATES = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+)  # where the network's tensors lie in the saved object
 _ATTRIBUTES = re.compile(r"(model|net|network|backbone|llm|lm|module|transformer_model)\.")
 _PEFT = re.compile(r"^((?:[\w.]+\.)?)base_model\.model\.")  # the PeftModel between the attribute and the network
 _COPIES = re.compile(r"(^|\.)(ema(_\w+)?|\w+_ema|averaged?_model|swa_model)\.")
@@ -34,7 +43,9 @@ _TRAINING = re.compile(  # what training keeps beside the network: no weights, a
     + "|".join(("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args"))
 )
 _HPARAMS = ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args")
-_INNER = re.compile(r"(lora|peft|adapter)_?(config|args|params)?|model|config|args|hparams")
+_INNER = re.compile(
+    r"(lora|peft|adapter|model|train|training)?_?(config|cfg|conf|args|params|hparams|opts?|options)|lora|peft|adapter|model"
+)
 
 
 def _state(checkpoint: Checkpoint) -> str | None:
@@ -44,6 +55,10 @@ def _state(checkpoint: Checkpoint) -> str | None:
         return None  # a pickled module: its state dict is what the container gives
     if isinstance(saved, dict):
         return next((key for key in _STATES if isinstance(saved.get(key), dict) and saved[key]), None)
+    tops = {name.partition(".")[0] for name in checkpoint.tensors}
+    beside = [top for top in tops if _TRAINING.fullmatch(top)]
+    if beside and len(tops) == len(beside) + 1:  # a distributed checkpoint of a plain training loop
+        return next((key for key in _STATES if key in tops), None)
     if "meta" in checkpoint.metadata:  # a sharded checkpoint: the tensors lie beside the object
         return next((key for key in _STATES if any(n.startswith(f"{key}.") for n in checkpoint.tensors)), None)
     return None
@@ -61,11 +76,14 @@ def _sniff(checkpoint: Checkpoint) -> bool:
 
 def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     state, left_out = _state(checkpoint), dict[str, str]()
-    prefix = f"{state}." if state else ""
+    prefix, asked = f"{state}." if state else "", given.prefix.rstrip(".") + "."
+    if given.prefix and any(name.startswith(asked) for name in checkpoint.tensors) and not asked.startswith(prefix):
+        prefix, given = asked, replace(given, prefix="")  # another network than the one that is found by itself
     names: dict[str, str] = {}
+    chosen = bool(given.prefix) or prefix == asked
     for name in checkpoint.tensors:
         if not name.startswith(prefix):
-            left_out |= _beside(name, prefix)
+            left_out |= _beside(name, prefix, chosen)
             continue
         inner = _unwrapped(name.removeprefix(prefix))
         inner = _PEFT.sub(r"\1", inner)
@@ -82,7 +100,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     opaque = checkpoint.metadata.get("opaque", {})
     for name in opaque:
         if not name.startswith(prefix):
-            left_out |= _beside(name, prefix)
+            left_out |= _beside(name, prefix, chosen)
     hparams, values = _hyper_parameters(checkpoint)
     metadata: dict[str, Any] = {
         "hyper_parameters": hparams,
@@ -104,16 +122,16 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     return _as_in_the_base(reading, given.base()) if given.base else _of_the_network(reading)
 
 
-def _beside(name: str, prefix: str) -> dict[str, str]:
+def _beside(name: str, prefix: str, chosen: bool) -> dict[str, str]:
     """Why a tensor outside of the network is left out, if that is worth a word. Raises InputError for an adapter's."""
     if _TRAINING.fullmatch(name.partition(".")[0]):
         return {}
     if _COPIES.search(name):
         return {name: "a running average of the weights"}
-    if ADAPTER_PART.search(name):
+    if ADAPTER_PART.search(name) and not chosen:
         raise InputError(
-            f"{name} looks like a part of an adapter, outside of '{prefix}…' where the network is. Save the networks "
-            "in files of their own."
+            f"{name} looks like a part of an adapter, outside of '{prefix}…' where the network is. Say which "
+            "network is meant with --prefix."
         )
     return {name: f"not of the network ('{prefix}…')"}
 

@@ -140,7 +140,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         notes.append("The scaling is the one asked for, not that of adapter_config.json.")
     notes += rank.notes([u.module for u in updates]) + alpha.notes([u.module for u in updates])
     unknown = sorted(name for name, value in config.items() if name not in _KNOWN and value)
-    if unknown:
+    if unknown and "hyper_parameters" not in checkpoint.metadata:
         notes.append(f"adapter_config.json has options that dora-tools does not know: {', '.join(unknown)}.")
     if config.get("bias", "none") != "none" and not any(name.endswith("bias") for name in replaced):
         notes.append(

@@ -12,6 +12,9 @@ from ..errors import InputError
 # a key with this in it is a part of some adapter, whatever wrote it
 ADAPTER_PART = re.compile(r"(^|[._])(lora|dora)([._]|$)|lora_?[ab]\b|magnitude|parametrizations", re.IGNORECASE)
 
+# stricter: no model has a weight of such a name
+ADAPTER_KEY = re.compile(r"(^|\.)lora\.|lora_(embedding_)?[AB](\.|$)|lora_magnitude|weight_m_wdecomp")
+
 
 def compiled(text: object, where: str, repetitions: int, form: str = "{}") -> re.Pattern[str]:
     """The pattern, put into ``form``. Raises InputError for one that is broken, or that might take forever.

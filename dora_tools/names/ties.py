@@ -18,7 +18,7 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 # What embeddings are called in transformers' models.
-EMBEDDING_NAME = re.compile(r"emb|^wte$|^wpe$|^shared$")
+EMBEDDING_NAME = re.compile(r"emb|^wte$|^wpe$|^shared$|^relative_attention_bias$")
 
 # Where the language model stands in a multimodal one: transformers 5's names, and those of older files.
 MOVED = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))

@@ -105,6 +105,7 @@ def combine(
             f"{min(doras)} is DoRA, which is no sum of its parts: it takes --base and a rank (or energy) for the best "
             "LoRA of what all make together. Merging them into the base with strengths is exact."
         )
+    _check_finite([u for a, _ in adapters for u in a.updates], threads)
     replaced = _replaced(adapters, base)
     scaled = next((u.module for a, _ in adapters for u in a.updates if u.magnitude and u.magnitude.scales_bias), None)
     if election is not None and scaled is not None:
@@ -124,6 +125,21 @@ def combine(
         ranks.check({u.module: u.delta.shape for u in updates})
         updates, modules = _truncated(updates, ranks, threads)
     return Outcome("combine", _whole(adapters, updates, replaced), tuple(modules))
+
+
+def _check_finite(updates: Sequence[Update], threads: int) -> None:
+    """Raises InputError for NaN and Inf."""
+
+    def bad(update: Update) -> str:
+        single_threaded()
+        low = update.delta
+        parts = [low.lora_A, low.lora_B] if isinstance(low, LowRank) else []
+        parts += [update.magnitude.vector] if update.magnitude else []
+        return next((part.key for part in parts if not bool(part.load().isfinite().all())), "")
+
+    for _, key in blocks(updates, bad, threads):
+        if key:
+            raise InputError(f"{key} holds NaN or Inf: the training diverged or the file is damaged.")
 
 
 def _whole(adapters: Sequence[Weighted], updates: Sequence[Update], replaced: Mapping[str, Replacement]) -> Adapter:

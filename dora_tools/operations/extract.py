@@ -14,6 +14,7 @@ from ..compare import distances
 from ..dtypes import DTYPES
 from ..errors import FitError, InputError
 from ..merging import Normed, norms
+from ..names.places import Places
 from ..names.ties import CONV1D_LAYERS, CONV1D_MODELS, EMBEDDING_NAME, ties_of
 from .outcome import Module, Outcome, measured
 from .ranks import Ranks
@@ -41,6 +42,8 @@ def extract(
     """
     ties = _ties(base)
     old, new = _completed(base, ties), _completed(tuned, ties)
+    sides = {n: (i.rows, _flat(i)) for n, i in old.tensors.items() if _is_matrix(n, i)}
+    ranks.check(sides)
     changed, rest = _changes(base, old, new, ties, threads, progress)
     matrices = [_matrix(old, name, dora) for name in changed]
     if rest and not save_rest:
@@ -71,8 +74,9 @@ def extract(
                apart[m.name].difference if dora else totals[m.module])
         for m in matrices
     ]  # fmt: skip
-    bare = replace(adapter, replaced={})
-    found = measured(modules, bare, base, new, places, device, threads) if updates else []
+    found = list(modules)
+    if updates:
+        found = measured(modules, replace(adapter, replaced={}), base, new, places, device, threads)
     notes = (f"{len(rest)} tensors are saved whole.",) if rest else ()
     return Outcome("extract", adapter, tuple(found), notes)
 
@@ -102,9 +106,12 @@ def _matrix(base: Checkpoint, name: str, dora: bool) -> Matrix:
 
 
 def _ties(base: Checkpoint) -> Mapping[str, str]:
-    """Tied name → what it is tied to, by the architecture."""
-    named = (base.metadata.get("config") or {}).get("architectures")
-    return ties_of(named[0]) or {} if isinstance(named, list) and named and isinstance(named[0], str) else {}
+    """Tied name → what it is tied to, by the architecture, as the base spells them."""
+    config = base.metadata.get("config") or {}
+    named = config.get("architectures")
+    ties = ties_of(named[0]) or {} if isinstance(named, list) and named and isinstance(named[0], str) else {}
+    places = Places(base.tensors, str(config.get("model_type", "")))
+    return {places.own(tied): places.own(source) for tied, source in ties.items()}
 
 
 def _completed(checkpoint: Checkpoint, ties: Mapping[str, str]) -> Checkpoint:
@@ -143,11 +150,7 @@ def _changes(
     for name in floating:
         if not isfinite(apart[name].difference):
             raise InputError(f"{name} holds NaN or Inf in one of the models.")
-        shape = old.tensors[name].shape
-        matrix = (
-            name.endswith(".weight") and len(shape) > 1 and min(old.tensors[name].rows, _flat(old.tensors[name])) > 1
-        )
-        if apart[name].difference and matrix and not any(EMBEDDING_NAME.search(part) for part in name.split(".")):
+        if apart[name].difference and _is_matrix(name, old.tensors[name]):
             matrices.append(name)
         elif apart[name].difference:
             whole.append(name)
@@ -172,6 +175,12 @@ def _changes(
         else:
             rest |= dict.fromkeys(beside, False)  # a module is saved with all that is in it
     return matrices, rest
+
+
+def _is_matrix(name: str, info: TensorInfo) -> bool:
+    """Whether it is the weight of a linear or conv layer."""
+    named = name.endswith(".weight") and not any(EMBEDDING_NAME.search(part) for part in name.split("."))
+    return named and len(info.shape) > 1 and min(info.rows, _flat(info)) > 1
 
 
 def _same(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:

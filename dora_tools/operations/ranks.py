@@ -50,6 +50,8 @@ class Ranks:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if self.rank is not None and self.most is not None:
+            raise UsageError("A rank for all needs no highest rank: say --max-rank with energy, ratio or parameters.")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise UsageError(f"energy is a part of the whole, greater than 0 and at most 1, not {self.energy!r}.")
         if self.ratio is not None and not (isfinite(self.ratio) and self.ratio >= 1):

@@ -10,7 +10,7 @@ from math import frexp, ldexp, sqrt
 import torch
 
 from ..adapter import Adapter, LowRank, Update
-from ..binding import Binding, bind
+from ..binding import Binding, Bound, bind
 from ..checkpoint import Checkpoint, Ref, blocks, constant, single_threaded, tiles
 from ..compare import distances
 from ..dtypes import to_torch, working
@@ -52,7 +52,7 @@ def rescale(
     zeros. ``alpha``: lora_B takes what it changes. ``rslora``: which rule the written alpha follows; the update stays.
     ``dtype``: how factors are stored (default: as they were if that is exact, else F32). ``base``: errors of the merged
     weight; ``weighted`` truncates by them (DoRA's rows or columns count m/‖V‖ times); ``refit``: least-squares
-    magnitudes. ``progress``: parts done, of as many as there are modules.
+    magnitudes. ``progress`` is called with bytes made.
 
     Raises UsageError for options that contradict each other, FitError for ranks that no module can have, InputError for
     NaN and Inf in the factors.
@@ -63,6 +63,9 @@ def rescale(
         raise UsageError("Say what is to change: a rank, energy, ratio or parameters, alpha, rslora, or the dtype.")
     if alpha is not None and not 0 < abs(alpha) < 1e15:
         raise UsageError(f"An alpha of {alpha:g} would erase the adapter or overflow.")
+    if dtype is not None and dtype not in _ROUNDS:
+        raise UsageError(f"Factors are stored as float32, float16 or bfloat16, not as {dtype}.")
+    old = bind([(adapter, 1.0)], base) if base is not None else None
     low = {u.module: u.delta for u in adapter.updates if isinstance(u.delta, LowRank)}
     if not low:
         raise InputError("The adapter has no low-rank update whose rank or alpha could change.")
@@ -76,7 +79,9 @@ def rescale(
         single_threaded()
         assert isinstance(update.delta, LowRank)
         delta, error, norm = update.delta, None, None
-        if ranks is not None:
+        if ranks is None:
+            _loaded(delta)  # NaN and Inf are found out
+        else:
             delta, norm, error = _at_rank(update, ranks, chosen, weights.get(update.module, _Weights()))
         before = update.delta.rank
         return replace(update, delta=delta), Module(update.module, delta.shape, before, delta.rank, norm, error)
@@ -86,7 +91,7 @@ def rescale(
         updates[update.module] = changed
         modules.append(module)
         if progress is not None:
-            progress(1)
+            progress(4 * module.shape[0] * (module.rank or 0) + 4 * module.shape[1] * (module.rank or 0))
     order = {u.module: i for i, u in enumerate(adapter.updates)}
     modules.sort(key=lambda m: order[m.module])
     rule = rslora if rslora is not None else adapter.rslora
@@ -96,8 +101,8 @@ def rescale(
         rslora=rule,
     )
     notes: tuple[str, ...] = ()
-    if base is not None:
-        old, new = bind([(adapter, 1.0)], base), bind([(made, 1.0)], base)
+    if base is not None and old is not None:
+        new = bind([(made, 1.0)], base)
         if refit:
             made = _refitted(made, old, new, device, threads)
             new = bind([(made, 1.0)], base)
@@ -225,7 +230,7 @@ def _refitted(made: Adapter, old: Binding, new: Binding, device: str, threads: i
     before.prepare(threads)
     placed = {b.module: (n, b) for n, bounds in new.bound.items() for b in bounds if b.magnitude is not None}
 
-    def one(item: tuple[str, tuple[str, object]]) -> torch.Tensor:
+    def one(item: tuple[str, tuple[str, Bound]]) -> torch.Tensor:
         single_threaded()
         name, b = placed[item[0]]
         along_rows = b.magnitude is not None and b.magnitude.axis == "out"
@@ -235,8 +240,13 @@ def _refitted(made: Adapter, old: Binding, new: Binding, device: str, threads: i
             dots.append((w * v).sum(1 if along_rows else 0))
             squares.append(v.square().sum(1 if along_rows else 0))
         total = torch.cat if along_rows else lambda parts: torch.stack(parts).sum(0)
-        n = total(squares).sqrt()
-        return torch.where(n > 0, total(dots) / n, torch.zeros_like(n)).float().cpu()
+        n, eps, rule = (
+            total(squares).sqrt(),
+            b.magnitude.eps if b.magnitude else 0.0,
+            b.magnitude and b.magnitude.eps_rule,
+        )
+        divisor = n + eps if rule == "add" else n.clamp_min(eps)
+        return torch.where(n > 0, total(dots) * divisor / n.square(), torch.zeros_like(n)).float().cpu()
 
     fitted = {module: vector for (module, _), vector in blocks(placed.items(), one, threads)}
     return replace(

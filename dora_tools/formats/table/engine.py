@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from math import sqrt
+from typing import Any
 
 from ...adapter import Adapter, LowRank, Replacement, Unchanged
 from ...checkpoint import Checkpoint, Ref, Tensors, View, ref
@@ -80,7 +82,7 @@ def _read(table: Table, checkpoint: Checkpoint, given: Given) -> Reading:
         replaced,
         model if isinstance(model, str) else None,
         format=table.name,
-        notes=(*rank_notes(reader, modules), *reader.notes, *([reader.doubt] if reader.doubt else [])),
+        notes=(*rank_notes(reader, modules), *reader.notes, *filter(None, (reader.overridden, reader.doubt))),
     )
     merged = {"eval": True, "train": False, None: None}[given.saved_in] if table.merges_on_eval and base else False
     return Reading(adapter, left_out, base, merged, reader.doubt)
@@ -125,9 +127,12 @@ def _write(table: Table, adapter: Adapter) -> Written:
                 f"{update.module}: format '{table.name}' does not hold such an update ({update.kind}"
                 f"{', with a bias of its own' if update.bias else ''}). A dense merge keeps it exactly."
             )
+        if isinstance(delta, LowRank) and "alpha" in rules:
+            _put(refs, _key(rules["alpha"], update.module), _number_of(delta.scaling / _per_alpha(table, delta.rank)))
         if isinstance(delta, LowRank):
             # the factor carries the scaling: alpha is not recorded, or one number for all ranks
-            b = delta.lora_B.times(delta.scaling / told_scale(table, delta.rank, largest if alpha_key else None))
+            told = told_scale(table, delta.rank, largest if alpha_key else None)
+            b = delta.lora_B if "alpha" in rules else delta.lora_B.times(delta.scaling / told)
             for role, promise, first in (("lora_A", delta.lora_A, True), ("lora_B", b, False)):
                 dims = layout.dims.get(role, ())
                 as_is = not dims or (dims[0] == "rank") == first
@@ -141,9 +146,17 @@ def _write(table: Table, adapter: Adapter) -> Written:
             not m.eps or m.eps_rule == table.eps_rule
         )
         if rule is None or ("in" if "in" in dims else "out") != m.axis or not recipe:
+            held = "in" if "in" in dims else "out"
+            why = (
+                f"a magnitude for each {m.axis}put"
+                if rule is None or held != m.axis
+                else f"a bias that is {'' if m.scales_bias else 'not '}scaled"
+                if m.scales_bias != table.scales_bias
+                else f"an eps of {m.eps:g} in its norm"
+            )
             raise TargetError(
-                f"{update.module} is DoRA with a magnitude for each {m.axis}put, which format '{table.name}' does not "
-                "hold. A dense merge keeps it exactly."
+                f"{update.module} is DoRA with {why}, which format '{table.name}' does not hold. A dense merge keeps "
+                "it exactly."
             )
         shape = tuple(1 if label == "1" else -1 for label in dims)
         _put(refs, _key(rule, update.module), m.vector.reshape(*shape) if len(shape) > 1 else m.vector)
@@ -162,7 +175,7 @@ def _write(table: Table, adapter: Adapter) -> Written:
         config["target_modules"] = sorted({u.module.rpartition(".")[2] for u in adapter.updates})
         text = json.dumps(config, indent=2, sort_keys=True).encode()
         return Written(Tensors(refs), table.file, {"adapter_config.json": text})
-    if any(source.startswith("literal:") for source in table.alpha):
+    if "alpha" in rules or any(source.startswith("literal:") for source in table.alpha):
         return Written(Tensors(refs), table.file)
     note = {"alpha": "alpha = 1", "one": "", "rslora": "alpha = √rank"}.get(table.scale_rules[0], "alpha = rank")
     notes = (f"The scaling is in lora_B: use it with {note}, a scaling of 1.",) if note else ()
@@ -174,8 +187,9 @@ def _check_again(table: Table, adapter: Adapter, refs: Mapping[str, Ref]) -> Non
     modules, rest, _ = sort(table, Tensors(refs))
     found = {(m.path, role) for m in modules for role in m.keys} | {(table.renamed(key), "") for key in rest}
     wanted = set[tuple[str, str]]()
+    with_alpha = ["alpha"] if any(rule.role == "alpha" and rule.write for rule in table.rules) else []
     for update in adapter.updates:
-        roles = ("lora_A", "lora_B") if isinstance(update.delta, LowRank) else ()
+        roles = ("lora_A", "lora_B", *with_alpha) if isinstance(update.delta, LowRank) else ()
         wanted |= {(update.module, role) for role in (*roles, *(("magnitude",) if update.magnitude else ()))}
     paths = {update.module for update in adapter.updates}
     with_bias = any(rule.role == "bias" and rule.write for rule in table.rules)
@@ -185,6 +199,21 @@ def _check_again(table: Table, adapter: Adapter, refs: Mapping[str, Ref]) -> Non
     lost = found ^ wanted
     if lost:
         raise TargetError(f"{min(lost)[0]} cannot be written so that format '{table.name}' reads the same name back.")
+
+
+def _per_alpha(table: Table, rank: int) -> float:
+    """The scaling that an alpha of 1 gives."""
+    divisors: dict[str, float] = {"alpha": 1, "alpha/rank": rank, "rslora": sqrt(rank), "one": 1}
+    return 1 / divisors[table.scale_rules[0]]
+
+
+def _number_of(value: float) -> Ref:
+    def fetch() -> Any:
+        import torch
+
+        return torch.tensor(value)
+
+    return Ref((), "F32", fetch, "alpha")
 
 
 def _put(refs: dict[str, Ref], key: str, promise: Ref) -> None:

@@ -35,6 +35,7 @@ class Reader:
     checkpoint: Checkpoint
     given: Given
     doubt: str = ""
+    overridden: str = ""
     notes: list[str] = field(default_factory=list)
 
     def shape(self, role: str, module: Module) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def measure(reader: Reader, module: Module) -> None:
     if not certain:
         raise _misfit(reader, module)
     module.layout, module.sizes = certain[0]
-    turned = {layout.stored_in_out for layout, _ in certain if layout.kind != "conv"}
+    turned = {layout.stored_in_out for layout, _ in certain if layout.kind != "conv" and layout.square}
     module.square = module.weight is not None and len(turned) > 1
     rivals = [layout for layout, _ in possible if layout is not module.layout]
     # a convolution taken for a linear layer fits no loader; an embedding would be dropped by some without a word
@@ -126,11 +126,14 @@ def decide_orientation(reader: Reader, modules: Sequence[Module]) -> None:
         last = module.path.rpartition(".")[2]
         named = (kind in CONV1D_MODELS and last in CONV1D_LAYERS) or bool(EMBEDDING_NAME.search(last))
         vocabular = config.get("vocab_size") == module.weight.shape[0]
-        if reader.given.fan_in_fan_out is not None:
+        embedding = any(layout.kind == "embedding" for layout in reader.table.layouts) and not module.biased
+        if embedding and EMBEDDING_NAME.search(last):
+            module.turned = True
+        elif reader.given.fan_in_fan_out is not None:
             module.turned = reader.given.fan_in_fan_out
         elif isinstance(kind, str) and not vocabular:
             module.turned = named
-        elif len(others) == 1:
+        elif len(others) == 1 and not embedding:
             module.turned = others == {True}
             way = "(in, out)" if module.turned else "(out, in)"
             reader.notes.append(f"{module.path} is square; it is taken to be stored {way}, as the other layers are.")
@@ -138,9 +141,11 @@ def decide_orientation(reader: Reader, modules: Sequence[Module]) -> None:
             raise InputError(
                 f"{module.path} is square, so its shape does not tell whether the base stores it as (out, in) like "
                 "nn.Linear, or as (in, out) like an embedding or a Conv1D. Say --no-fan-in-fan-out or "
-                "--fan-in-fan-out."
+                "--fan-in-fan-out, which is then so for all square layers that are not named like embeddings."
             )
-        fitting = [s for s in reader.table.layouts if s.stored_in_out == module.turned and s.kind != "conv"]
+        fitting = [
+            s for s in reader.table.layouts if s.stored_in_out == module.turned and s.kind != "conv" and s.square
+        ]
         sized = [(s, n) for s in fitting if (n := solve(_equations(reader, module, s), {})) is not None]
         module.layout, module.sizes = sized[0]
 

@@ -15,6 +15,10 @@ from .syntax import Table
 def scaling_of(reader: Reader, rank: int, module: Module) -> tuple[float, str]:
     """The number that is multiplied, and where it comes from. Raises InputError where the file does not say."""
     table, given = reader.table, reader.given
+    if given.scaling is not None or given.alpha is not None:
+        own, where = _alpha(reader, module, asked=False)
+        if own is not None and own != given.alpha and not reader.overridden:
+            reader.overridden = f"The file has alpha {own:g} ({where}); what is asked for is used instead."
     if given.scaling is not None:
         return given.scaling, "--scaling"
     if table.scale_rules == ("one",) and (given.alpha is not None or given.scale_rule not in (None, "one")):
@@ -62,9 +66,9 @@ def _attributes(reader: Reader, module: Module) -> Mapping[str, Any]:
     return found
 
 
-def _alpha(reader: Reader, module: Module) -> tuple[float | None, str]:
+def _alpha(reader: Reader, module: Module, asked: bool = True) -> tuple[float | None, str]:
     checkpoint, given = reader.checkpoint, reader.given
-    if given.alpha is not None:
+    if given.alpha is not None and asked:
         return given.alpha, "--alpha"
     for name in ("alpha", "lora_alpha"):
         attribute = _number(_attributes(reader, module).get(name))
@@ -90,7 +94,7 @@ def _alpha(reader: Reader, module: Module) -> tuple[float | None, str]:
         else:
             numbers = [] if candidates else [(float(name), f"the table's {name}")]
         candidates |= {value: where for value, where in numbers if value is not None and value not in candidates}
-    if len(candidates) > 1:
+    if len(candidates) > 1 and asked:
         said = ", ".join(f"{where} is {value:g}" for value, where in candidates.items())
         raise InputError(f"{module.path}: {said}. Which one is the adapter's alpha? Say it with --alpha.")
     return next(iter(candidates.items()), (None, ""))

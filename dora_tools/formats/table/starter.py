@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import prod
 
 from ...checkpoint import Checkpoint
 
@@ -49,6 +50,8 @@ _HINT = re.compile(r"lora|dora|magnitude|adapter|^m$", re.IGNORECASE)
 def _guess(tail: str, shape: tuple[int, ...]) -> tuple[str, tuple[str, ...]]:
     """A role and dimensions: lora_A and lora_B by the name's letter or direction, m by its name, the base by weight."""
     low = tail.lower()
+    if low.split(".")[-1] in ("alpha", "lora_alpha") and prod(shape) == 1:
+        return "alpha", ()
     if re.search(r"(_|\b)(a|down|in|0)(\.weight)?$", low) and len(shape) == 2:
         return "lora_A", ("rank", "in") if shape[0] <= shape[1] else ("in", "rank")
     if re.search(r"(_|\b)(b|up|out|1)(\.weight)?$", low) and len(shape) == 2:

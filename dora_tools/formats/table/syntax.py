@@ -24,7 +24,7 @@ _KEYS = {
     "merges_on_eval",
     "detect": "require forbid config",
     "key": "match role dims write reason",
-    "layout": "kind base lora_A lora_B magnitude bias",
+    "layout": "kind base lora_A lora_B magnitude bias square",
     "refuse": "role dims reason",
     "rename": "match to",
     "fused": "match rows enabled into",
@@ -52,6 +52,7 @@ class Shape:
 
     kind: Kind
     dims: Mapping[str, tuple[str, ...]]
+    square: bool = True  # whether a square weight may be meant
 
     @property
     def stored_in_out(self) -> bool:
@@ -233,7 +234,7 @@ def _layouts(entries: list[Mapping[str, Any]], rules: tuple[Rule, ...], where: s
         dims = default | {role: _dims(entry[role], where) for role in SHAPED if role in entry}
         kernel = any(label in ("k", "kernel") for dim in dims.get("base", ()) for label in labels(dim))
         kind = _one_of(entry, "kind", ("linear", "embedding", "conv"), where) if "kind" in entry else None
-        found.append(Shape(kind or ("conv" if kernel else "linear"), dims))
+        found.append(Shape(kind or ("conv" if kernel else "linear"), dims, _typed(entry, "square", bool, True, where)))
     return tuple(found)
 
 
