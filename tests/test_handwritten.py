@@ -273,3 +273,34 @@ def test_tensors_outside_the_adapted_network_are_left_out_under_any_attribute(
     assert "left out temperature" in said
     recorded = json.loads((tmp_path / "out" / "dora_tools.json").read_text())["adapters"][0]["scaling"]
     assert recorded == [{"value": 4 / 2**0.5, "source": "4/√2, hyper_parameters.alpha", "modules": 2}]
+
+
+class Factors(torch.nn.Module):
+    """The article's: alpha is an attribute, and the only record of it."""
+
+    def __init__(self, in_: int, out: int) -> None:
+        super().__init__()
+        self.A, self.B = (torch.nn.Parameter(torch.randn(shape)) for shape in ((in_, 2), (2, out)))
+        self.alpha = 3
+
+
+class WithLoRA(torch.nn.Module):
+    def __init__(self, in_: int, out: int) -> None:
+        super().__init__()
+        self.linear, self.lora = torch.nn.Linear(in_, out), Factors(in_, out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x) + self.lora.alpha * (x @ self.lora.A @ self.lora.B)
+        return result
+
+
+def test_a_pickled_module_in_a_dictionary(tmp_path: Path) -> None:
+    """As a training loop saves it: what the module remembers of alpha is found there too."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(WithLoRA(5, 7), torch.nn.ReLU(), WithLoRA(7, 3))
+    torch.save({"epoch": 3, "model": net}, tmp_path / "loop.pt")
+    dt.merge(tmp_path / "loop.pt", None, tmp_path / "out")
+    plain = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    plain.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(plain(x), net(x), atol=1e-5, rtol=1e-5)

@@ -183,8 +183,26 @@ def open_torch(path: Path, offset: int = 0, length: int | None = None) -> TorchF
         metadata: dict[str, Any] = {"object": found}
         if isinstance(found, Inert) and "_modules" in found.attributes:
             found, metadata["attributes"] = _state_dict(found)
+            metadata["whole_module"] = True
+        elif isinstance(found, dict):
+            found, metadata = _with_states(found, metadata)
         names = _Namer(found)
         return TorchFile(source, {}, positions, {**metadata, "opaque": names.opaque}).named(names.records)
+
+
+def _with_states(found: dict[Any, Any], metadata: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """A dictionary with modules in it (``{"epoch": 1, "model": net}``): each as its state dict, its attributes beside."""
+    attributes: dict[str, Any] = {}
+    states: dict[Any, Any] = {}
+    for key, value in found.items():
+        if isinstance(key, str) and isinstance(value, Inert) and "_modules" in value.attributes:
+            states[key], own = _state_dict(value)
+            attributes |= {f"{key}.{path}" if path else key: held for path, held in own.items()}
+    return (
+        ({**found, **states}, {"object": {**found, **states}, "attributes": attributes})
+        if states
+        else (found, metadata)
+    )
 
 
 def _state_dict(module: Inert) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

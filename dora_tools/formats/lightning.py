@@ -51,7 +51,7 @@ _INNER = re.compile(
 def _state(checkpoint: Checkpoint) -> str | None:
     """The key of the saved object that holds the network's tensors; None where the object is the state dict itself."""
     saved = checkpoint.metadata.get("object")
-    if "attributes" in checkpoint.metadata:
+    if checkpoint.metadata.get("whole_module"):
         return None  # a pickled module: its state dict is what the container gives
     if isinstance(saved, dict):
         return next((key for key in _STATES if isinstance(saved.get(key), dict) and saved[key]), None)
@@ -107,6 +107,11 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         "hyper_parameter_values": values,
         "opaque": {k.removeprefix(prefix): v for k, v in opaque.items() if k.startswith(prefix)},
         "config": {},
+        "attributes": {
+            _unwrapped(path.removeprefix(prefix)): held
+            for path, held in checkpoint.metadata.get("attributes", {}).items()
+            if path.startswith(prefix)
+        },
     }
     if isinstance(hparams.get("peft_type"), str):
         metadata["adapter_config"] = hparams
