@@ -191,7 +191,7 @@ def open_torch(path: Path, offset: int = 0, length: int | None = None) -> TorchF
 
 
 def _with_states(found: dict[Any, Any], metadata: dict[str, Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """A dictionary with modules in it (``{"epoch": 1, "model": net}``): each as its state dict, its attributes beside."""
+    """A dictionary with modules in it (``{"model": net}``): each as its state dict, with its attributes beside."""
     attributes: dict[str, Any] = {}
     states: dict[Any, Any] = {}
     for key, value in found.items():
