@@ -119,8 +119,10 @@ class Ref:
     @property
     def kept(self) -> str:
         """The stored type that holds the values without rounding: as read, or F32 for a multiple of half precision."""
-        exact = self.dtype in ("F32", "F64") or abs(frexp(self.scale)[0]) == 0.5
-        return self.dtype if exact else "F32"
+        whole = self.scale == 1.0 or self.dtype in ("F32", "F64")
+        # a power of two moves the exponent only, for which BF16 has as much room as F32
+        shifted = self.dtype == "BF16" and abs(frexp(self.scale)[0]) == 0.5 and 2**-40 < abs(self.scale) < 2**40
+        return self.dtype if whole or shifted else "F32"
 
     @property
     def T(self) -> Ref:

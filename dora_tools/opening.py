@@ -21,7 +21,7 @@ from .names.patterns import ADAPTER_KEY
 from .selftest import check_table
 
 AdapterLike = Adapter | str | Path
-BaseLike = Checkpoint | str | Path
+BaseLike = Any  # Checkpoint | LazyTensors | str | Path
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -62,6 +62,9 @@ def with_base(given: Given | None, base: BaseLike | None) -> Given:
 def base_of(base: BaseLike) -> Checkpoint:
     """A base. Raises InputError for what is none: a training checkpoint that has an adapter in it."""
     if not isinstance(base, str | Path):
+        base = getattr(base, "checkpoint", base)  # of dt.merged
+        if not isinstance(base, Checkpoint):
+            raise UsageError(f"A base is a path, a hub id or a checkpoint, not {type(base).__name__}.")
         return base
     checkpoint = plain(containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES), str(base))
     mixed = next((name for name in checkpoint.tensors if ADAPTER_KEY.search(name)), None)
@@ -99,10 +102,9 @@ def strengths_of(given: float | Sequence[float], count: int, of: str, what: str)
         raise UsageError(f"There are no {of}.")
     if len(found) != count:
         raise UsageError(f"{count} {of}, but {len(found)} {what}: give one for each, or one for all.")
-    if not all(isfinite(s) for s in found):
-        raise UsageError(
-            f"{what.capitalize()} must be finite numbers, not {next(s for s in found if not isfinite(s))}."
-        )
+    odd = [s for s in found if not isfinite(s) or (s != 0 and not 1e-15 < abs(s) < 1e15)]
+    if odd:
+        raise UsageError(f"{what.capitalize()} must be finite numbers of a reasonable size, not {odd[0]:g}.")
     return found
 
 

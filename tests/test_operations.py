@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import dora_tools as dt
-from dora_tools.adapter import Adapter, LowRank, Update
+from dora_tools.adapter import Adapter, LowRank, Magnitude, Replacement, Update
 from dora_tools.checkpoint import Checkpoint, Tensors, blocks, constant, single_threaded
 from dora_tools.errors import FitError, InputError, TargetError, UsageError
 from dora_tools.operations.ranks import Ranks, Spectrum
@@ -1934,3 +1934,84 @@ def test_adapters_in_memory_and_checkpoints_are_taken_as_they_are(tmp_path: Path
     assert isinstance(update.delta, LowRank)
     ours = update.delta.lora_B.load().double() @ update.delta.lora_A.load().double()
     assert apart(ours.numpy(), 0.5 * (b.double() @ a.double()).numpy()) < 1e-6
+
+
+def in_memory(shape: tuple[int, int], seed: int, **more: Any) -> Update:
+    """An update of one module ``x``, of rank 2 and scaling 1."""
+    random = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(2, shape[1], generator=random), torch.randn(shape[0], 2, generator=random)
+    return Update("x", LowRank(constant(a, "a"), constant(b, "b"), 1.0), **more)
+
+
+def test_a_weight_saved_beside_its_own_dora_is_what_the_dora_is_of(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(5)
+    w, r, m = torch.randn(6, 5, generator=random), torch.randn(6, 5, generator=random), torch.rand(6) + 1
+    base = Tensors({"x.weight": constant(w)})
+    dora = in_memory((6, 5), 1, magnitude=Magnitude(constant(m, "m")))
+    adapter = Adapter((dora,), {"x.weight": Replacement(constant(r), shared=True)})
+    outcome = dt.combine([adapter], 1.0, base=base, rank=5, force=True)
+    assert isinstance(dora.delta, LowRank)
+    v = r.double() + dora.delta.lora_B.load().double() @ dora.delta.lora_A.load().double()
+    expected = v * (m.double() / v.norm(dim=1))[:, None]
+    found = dt.merged(outcome.adapter, base)["x.weight"][...].double()
+    assert float((found - expected).norm()) < 1e-5 * float(expected.norm())
+
+
+def test_a_scaled_bias_takes_a_lora_bias_in_once(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(6)
+    w, b, extra = torch.randn(6, 5, generator=random), torch.randn(6, generator=random), torch.ones(6)
+    base = Tensors({"x.weight": constant(w), "x.bias": constant(b)})
+    scaled = Magnitude(constant(torch.rand(6) + 1, "m"), scales_bias=True)
+    adapter = Adapter((in_memory((6, 5), 2, magnitude=scaled, bias=constant(extra, "extra")),))
+    expected = dt.merged(adapter, base)["x.bias"][...]
+    for outcome in (dt.to_lora(adapter, base, rank=5), dt.combine([adapter], 1.0, base=base, rank=5)):
+        torch.testing.assert_close(dt.merged(outcome.adapter, base)["x.bias"][...], expected)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F16", 1e-5), ("BF16", 1e-5)])
+def test_a_power_of_two_rounds_nothing_in_half_precision_either(tmp_path: Path, dtype: str, size: float) -> None:
+    """In float16 it may: what is folded there is written as float32."""
+    kind = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    random = torch.Generator().manual_seed(7)
+    a, b = torch.randn(2, 5, generator=random).to(kind), (torch.randn(6, 2, generator=random) * size).to(kind)
+    adapter = Adapter((Update("x", LowRank(constant(a, "a"), constant(b, "b"), 0.5)),))
+    dt.write_adapter(dt.combine([adapter, adapter], 0.25).adapter, tmp_path / "out")
+    update = dt.read_adapter(tmp_path / "out").updates[0]
+    assert isinstance(update.delta, LowRank)
+    found = update.delta.lora_B.load().double() @ update.delta.lora_A.load().double() * update.delta.scaling
+    expected = b.double() @ a.double() * 0.25
+    assert float((found - expected).norm()) < 1e-12 * float(expected.norm())
+
+
+def test_dora_and_lora_side_by_side_are_not_written_as_peft(tmp_path: Path) -> None:
+    one = in_memory((6, 5), 1, magnitude=Magnitude(constant(torch.ones(6), "m")))
+    two = replace(in_memory((6, 5), 2), module="y")
+    both = dt.combine([Adapter((one,)), Adapter((two,))])
+    with pytest.raises(TargetError, match="use_dora is for all"):
+        dt.write_adapter(both.adapter, tmp_path / "out")
+
+
+def test_two_names_of_one_weight_are_not_summed_apart() -> None:
+    base = Tensors({"m.x.weight": constant(torch.eye(6))})
+    short, full = Adapter((in_memory((6, 6), 1),)), Adapter((replace(in_memory((6, 6), 2), module="m.x"),))
+    with pytest.raises(FitError, match=r"both m\.x\.weight"):
+        dt.combine([short, full], base=base)
+
+
+@pytest.mark.parametrize("where", ["bias", "magnitude", "replaced"])
+def test_nan_anywhere_in_an_adapter_is_refused(where: str) -> None:
+    bad = constant(torch.full((6,), torch.nan), "bad")
+    update = in_memory((6, 5), 1, **({"bias": bad} if where == "bias" else {}))
+    update = replace(update, magnitude=Magnitude(bad)) if where == "magnitude" else update
+    adapter = Adapter((update,), {"n.weight": Replacement(bad)} if where == "replaced" else {})
+    with pytest.raises(InputError, match="bad holds 6 values"):
+        dt.rescale(adapter, rank=1)
+    with pytest.raises(InputError, match="bad holds 6 values"):
+        dt.combine([adapter, adapter])
+
+
+def test_a_type_that_cannot_hold_the_factors_is_refused() -> None:
+    tiny_ones = Adapter((Update("x", LowRank(constant(torch.full((2, 5), 1e-9), "a"),
+                                             constant(torch.full((6, 2), 1e-9), "b"), 1.0)),))  # fmt: skip
+    with pytest.raises(FitError, match="too small for F16"):
+        dt.rescale(tiny_ones, dtype="float16")

@@ -99,12 +99,12 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BEFORE: list[tuple[str, int, str]] = [
     # how many
-    ("to-lora dora --base base", 2, "one of rank, energy, ratio and parameters"),
-    ("to-lora dora --base base --rank 2 --energy 0.9", 2, "one of rank, energy, ratio and parameters"),
-    ("rescale lora --ratio 3 --parameters 5K", 2, "one of rank, energy, ratio and parameters"),
-    ("combine lora lora-2 --rank 2 --energy 0.9", 2, "one of rank, energy, ratio and parameters"),
-    ("extract --base base --tuned tuned", 2, "one of rank, energy, ratio and parameters"),
-    ("to-lora dora --base base --max-rank 4", 2, "one of rank, energy, ratio and parameters"),
+    ("to-lora dora --base base", 2, "one of --rank, --energy, --ratio and --parameters"),
+    ("to-lora dora --base base --rank 2 --energy 0.9", 2, "one of --rank, --energy, --ratio and --parameters"),
+    ("rescale lora --ratio 3 --parameters 5K", 2, "one of --rank, --energy, --ratio and --parameters"),
+    ("combine lora lora-2 --rank 2 --energy 0.9", 2, "one of --rank, --energy, --ratio and --parameters"),
+    ("extract --base base --tuned tuned", 2, "one of --rank, --energy, --ratio and --parameters"),
+    ("to-lora dora --base base --max-rank 4", 2, "one of --rank, --energy, --ratio and --parameters"),
     ("rescale lora", 2, "Say what is to change"),
     *((f"{start} {rule}", 2, word)
       for start in ("to-lora dora --base base", "rescale lora", "combine lora lora-2",
@@ -192,8 +192,8 @@ def lost(line: str) -> Any:
         ("combine lora nan-m --base base --rank 2 --force", "NaN or Inf"),
         ("combine nan-a lora --method ties --rank 2", "NaN or Inf"),
         ("rescale nan-m --rank 1 --base base", "NaN or Inf"),
-        ("rescale nan-a --rank 1", "lora_A.weight holds NaN or Inf"),
-        ("rescale inf-b --rank 3", "lora_B.weight holds NaN or Inf"),
+        ("rescale nan-a --rank 1", "lora_A.weight holds 1 values that are NaN or Inf"),
+        ("rescale inf-b --rank 3", "lora_B.weight holds 1 values that are NaN or Inf"),
         ("rescale nan-a --energy 0.9", "NaN or Inf"),
         ("rescale nan-a --parameters 50", "NaN or Inf"),
         ("rescale nan-a --dtype float16", "NaN or Inf"),

@@ -21,7 +21,7 @@ from .options import computing, ranks, reading, writing
     help="How the deltas are summed.",
 )
 @click.option("--density", type=float, metavar="D", help="The part of each delta that pruning keeps. Default: 0.5.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what is random.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of what is random.")
 @ranks
 @writing
 @computing

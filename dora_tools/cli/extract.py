@@ -14,7 +14,7 @@ from .options import computing, ranks, writing
 @click.option("--tuned", required=True, metavar="MODEL", help="The model after.")
 @click.option("--dora", is_flag=True, help="Find a DoRA: exact magnitudes, and a direction of low rank.")
 @click.option("--save-rest", is_flag=True, help="Keep other tensors that differ whole, as modules_to_save.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the randomised SVD.")
+@click.option("--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Of the randomised SVD.")
 @ranks
 @writing
 @computing

@@ -110,7 +110,7 @@ _COUNTS = {"K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 def _count(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGB]?)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMGB]?)", text.strip().upper())
     if match is None:
         raise click.BadParameter(f"'{text}' is no number of parameters; write 500000 or 20M.")
     return int(float(match[1]) * _COUNTS.get(match[2], 1))
@@ -126,7 +126,7 @@ def ranks(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in (
         click.option("--max-rank", type=int, metavar="R", help="With one of the other three: no rank above this."),
-        click.option("--parameters", metavar="N", callback=_count, help="A budget for the adapter, e.g. 20M, spread."),
+        click.option("--parameters", metavar="N", callback=_count, help="A budget for lora_A and lora_B, e.g. 20M."),
         click.option("--ratio", type=float, metavar="T", help="Singular values above the largest divided by T."),
         click.option("--energy", type=float, metavar="E", help="The least rank that keeps this part of the energy."),
         click.option("--rank", type=int, metavar="R", help="This rank for every module."),
@@ -154,7 +154,7 @@ def writing(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print a report as JSON (a versioned schema) on stdout."),
-        click.option("--force", is_flag=True, help="Write into a directory that is not empty; take what is refused."),
+        click.option("--force", is_flag=True, help="Write into a directory that is not empty."),
         click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="The format to write."),
         click.option("-o", "--out", required=True, metavar="OUT", help="Directory to write."),
     ):

@@ -411,6 +411,12 @@ def _write(adapter: Adapter) -> Written:
     old: Mapping[str, Any] = adapter.extra.get("peft", {})
     refs: dict[str, Ref] = {}
     targets = {update.module for update in adapter.updates}
+    bare = [update.module for update in adapter.updates if update.magnitude is None]
+    if adapter.is_dora and bare:
+        raise TargetError(
+            f"{bare[0]} has no magnitude and other modules have: PEFT's use_dora is for all. to-dora can give the LoRA "
+            "modules theirs; a dense merge keeps both kinds."
+        )
     for update in adapter.updates:
         delta, here = update.delta, f"{_PREFIX}{update.module}."
         if not isinstance(delta, LowRank):

@@ -15,6 +15,7 @@ from ..errors import FitError, InputError, UsageError
 from ..lowrank import factors_of, svd_of_product
 from ..merging import Merged
 from ..names import places
+from .finite import check_finite
 from .lora import to_lora
 from .outcome import Module, Outcome, by_module
 from .ranks import Ranks, Spectrum
@@ -59,7 +60,7 @@ class Election:
         if self.method.startswith("dare"):
             mask = torch.rand(delta.shape, generator=random) < self.density
             return delta * mask / self.density
-        count = int(self.density * delta.numel())
+        count = max(1, int(self.density * delta.numel()))
         flat = torch.zeros(delta.numel(), dtype=delta.dtype)
         largest = delta.flatten().abs().topk(count).indices
         flat[largest] = delta.flatten()[largest]
@@ -90,6 +91,8 @@ def combine(
         raise UsageError(f"What {election.method} leaves has full rank; say which rank or energy is wanted.")
     if election is not None and ranks is not None and ranks.parameters is not None:
         raise UsageError(f"{election.method} works module by module; say a rank or energy, not a budget for all.")
+    for adapter, _ in adapters:
+        check_finite(adapter, threads)
     sharing: dict[str, list[tuple[Update, float]]] = {}
     for adapter, weight in adapters:
         for update in adapter.updates:
@@ -105,7 +108,8 @@ def combine(
             f"{min(doras)} is DoRA, which is no sum of its parts: it takes --base and a rank (or energy) for the best "
             "LoRA of what all make together. Merging them into the base with strengths is exact."
         )
-    _check_finite([u for a, _ in adapters for u in a.updates], threads)
+    if base is not None:
+        _check_places(adapters, base)
     replaced = _replaced(adapters, base)
     scaled = next((u.module for a, _ in adapters for u in a.updates if u.magnitude and u.magnitude.scales_bias), None)
     if election is not None and scaled is not None:
@@ -113,10 +117,17 @@ def combine(
     if election is not None:
         return _elected(adapters, sharing, ranks, election, base, replaced, device, threads, seed)
     if doras and base is not None and ranks is not None:
-        bare = [(replace(a, replaced={}), w) for a, w in adapters]
-        outcome = to_lora(bare, base, ranks, force=force, device=device, threads=threads, seed=seed, progress=progress)
+        own = [
+            (replace(a, replaced={n: replaced[n] for n in a.replaced if n in replaced}), w)
+            for a, w in adapters
+            if a.updates or replaced.keys() & a.replaced.keys()
+        ]
+        outcome = to_lora(own, base, ranks, force=force, device=device, threads=threads, seed=seed, progress=progress)
         biased = {m: _bias(s) for m, s in sharing.items()}
-        updates = tuple(replace(u, bias=biased[u.module]) for u in outcome.adapter.updates)
+        whole = outcome.adapter.replaced
+        updates = tuple(
+            replace(u, bias=None if f"{u.module}.bias" in whole else biased[u.module]) for u in outcome.adapter.updates
+        )
         made = _whole(adapters, updates, {**replaced, **outcome.adapter.replaced})
         return replace(outcome, operation="combine", adapter=made)
     updates = tuple(s[0][0] if m in alone else _side_by_side(s) for m, s in sharing.items())
@@ -127,26 +138,24 @@ def combine(
     return Outcome("combine", _whole(adapters, updates, replaced), tuple(modules))
 
 
-def _check_finite(updates: Sequence[Update], threads: int) -> None:
-    """Raises InputError for NaN and Inf."""
-
-    def bad(update: Update) -> str:
-        single_threaded()
-        low = update.delta
-        parts = [low.lora_A, low.lora_B] if isinstance(low, LowRank) else []
-        parts += [update.magnitude.vector] if update.magnitude else []
-        return next((part.key for part in parts if not bool(part.load().isfinite().all())), "")
-
-    for _, key in blocks(updates, bad, threads):
-        if key:
-            raise InputError(f"{key} holds NaN or Inf: the training diverged or the file is damaged.")
+def _check_places(adapters: Sequence[Weighted], base: Checkpoint) -> None:
+    """Two names for one weight of the base are one module to it, and two to a sum by names. Raises FitError."""
+    names: dict[str, str] = {}
+    for adapter, _ in adapters:
+        for module, tensor in by_module(bind([(adapter, 1.0)], base).bound).items():
+            if names.setdefault(tensor, module) != module:
+                raise FitError(
+                    f"{names[tensor]} and {module} of the adapters are both {tensor} in the base. Convert one of them "
+                    "to the other's names, or merge both into the base."
+                )
 
 
 def _whole(adapters: Sequence[Weighted], updates: Sequence[Update], replaced: Mapping[str, Replacement]) -> Adapter:
     first = adapters[0][0]
     names = {a.base_model for a, _ in adapters if a.base_model}
     notes = [f"The adapters name several bases: {', '.join(sorted(names))}."] if len(names) > 1 else []
-    return replace(first, updates=tuple(updates), replaced=replaced, notes=(*first.notes, *notes))
+    named = first.base_model or next((a.base_model for a, _ in adapters if a.base_model), None)
+    return replace(first, updates=tuple(updates), replaced=replaced, base_model=named, notes=(*first.notes, *notes))
 
 
 def _rank(update: Update) -> int | None:
@@ -163,7 +172,10 @@ def _replaced(adapters: Sequence[Weighted], base: Checkpoint | None) -> dict[str
             if name in own and _equal(own[name], replacement.tensor):
                 continue
             if weight != 1.0:
-                raise FitError(f"{name} was trained whole; a weight of {weight:g} cannot take a part of it.")
+                raise FitError(
+                    f"{name} was saved whole; a weight of {weight:g} takes no part of it. With "
+                    "--base, what is as in the base does not count; merge --strength can take a part."
+                )
             if not _equal(found.setdefault(name, replacement).tensor, replacement.tensor):
                 raise FitError(f"Two of the adapters bring {name} whole, with different values; only one can be kept.")
     return found

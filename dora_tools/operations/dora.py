@@ -15,6 +15,7 @@ from ..checkpoint import Checkpoint, Ref, constant
 from ..dtypes import working
 from ..errors import InputError
 from ..merging import Normed, norms
+from .finite import check_finite
 from .outcome import Module, Outcome
 
 Init = Literal["exact", "paper"]
@@ -41,6 +42,7 @@ def to_dora(
     odd = next((u.module for u in adapter.updates if not isinstance(u.delta, LowRank)), None)
     if odd is not None or not adapter.updates:
         raise InputError(f"{odd or 'The adapter'} has no low-rank update, so there is nothing to make a DoRA of.")
+    check_finite(adapter, threads)
     asked = tuple(replace(u, magnitude=Magnitude(_promised(u.delta.shape, axis), axis)) for u in adapter.updates)
     binding = bind([(replace(adapter, updates=asked), 1.0)], base)
     placed = {b.module: (name, b) for name, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}

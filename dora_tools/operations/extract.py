@@ -15,7 +15,7 @@ from ..dtypes import DTYPES
 from ..errors import FitError, InputError
 from ..merging import Normed, norms
 from ..names.places import Places
-from ..names.ties import CONV1D_LAYERS, CONV1D_MODELS, EMBEDDING_NAME, ties_of
+from ..names.ties import CONV1D_LAYERS, CONV1D_MODELS, EMBEDDING_NAME, TASK_HEADS, ties_of
 from .outcome import Module, Outcome, measured
 from .ranks import Ranks
 from .subspace import Matrix, Progress, fits
@@ -43,7 +43,8 @@ def extract(
     ties = _ties(base)
     old, new = _completed(base, ties), _completed(tuned, ties)
     sides = {n: (i.rows, _flat(i)) for n, i in old.tensors.items() if _is_matrix(n, i)}
-    ranks.check(sides)
+    if ranks.rank is not None:
+        ranks.check(sides)
     changed, rest = _changes(base, old, new, ties, threads, progress)
     matrices = [_matrix(old, name, dora) for name in changed]
     if rest and not save_rest:
@@ -55,30 +56,45 @@ def extract(
     if not matrices and not rest:
         raise FitError("The two models do not differ.")
     ranks.check({m.module: m.shape(old.tensors[m.name]) for m in matrices})
-    made, totals = fits(old, new, matrices, ranks, device=device, threads=threads, seed=seed, progress=progress)
     magnitudes: dict[str, Magnitude] = {}
+    candidates = [matrices]
     if dora:
         wanted = {m.module: Normed(m.name, m.scaled or "out", lambda: _AsItIs()) for m in matrices}
         for module, n in norms(new, wanted, threads, device):
             magnitudes[module] = Magnitude(constant(n.float().cpu(), f"{module}.magnitude"), "out")
-    updates = [
-        Update(m.module, made[m.module], magnitudes.get(m.module), None, m.kind, m.kernel_size, m.turned or None)
-        for m in matrices
-    ]
-    replaced = {name: Replacement(ref(new, name), shared) for name, shared in rest.items()}
-    adapter = Adapter(tuple(updates), replaced, base_model, format="extracted")
+        candidates.append([replace(m, scaled=None) for m in matrices])  # where V is near W', its own scale is as good
     places = {m.module: m.name for m in matrices}
     apart = distances(old, new, places.values(), threads, device) if dora else {}
-    modules = [
-        Module(m.module, m.shape(old.tensors[m.name]), None, made[m.module].rank,
-               apart[m.name].difference if dora else totals[m.module])
-        for m in matrices
-    ]  # fmt: skip
-    found = list(modules)
-    if updates:
-        found = measured(modules, replace(adapter, replaced={}), base, new, places, device, threads)
-    notes = (f"{len(rest)} tensors are saved whole.",) if rest else ()
-    return Outcome("extract", adapter, tuple(found), notes)
+    tried: list[list[tuple[Update, Module]]] = []
+    for each in candidates if matrices else []:
+        made, totals = fits(old, new, each, ranks, device=device, threads=threads, seed=seed, progress=progress)
+        updates = [
+            Update(m.module, made[m.module], magnitudes.get(m.module), None, m.kind, m.kernel_size, m.turned or None)
+            for m in each
+        ]
+        modules = [
+            Module(m.module, m.shape(old.tensors[m.name]), None, made[m.module].rank,
+                   apart[m.name].difference if dora else totals[m.module])
+            for m in each
+        ]  # fmt: skip
+        found = measured(modules, Adapter(tuple(updates)), base, new, places, device, threads)
+        tried.append(list(zip(updates, found, strict=True)))
+    best = _nearest(tried, ranks.parameters is None)
+    replaced = {name: Replacement(ref(new, name), shared) for name, shared in rest.items()}
+    adapter = Adapter(tuple(update for update, _ in best), replaced, base_model, format="extracted")
+    notes = [f"{len(rest)} tensors are saved whole."] if rest else []
+    if dora and ranks.energy is not None:
+        notes.append("The ranks keep that energy of the fit of V; what is kept of the change stands in the table.")
+    return Outcome("extract", adapter, tuple(module for _, module in best), tuple(notes))
+
+
+def _nearest(tried: list[list[tuple[Update, Module]]], by_module: bool) -> list[tuple[Update, Module]]:
+    """Of several adapters the nearest one, or of each module the nearest update."""
+    if not tried:
+        return []
+    if by_module:
+        return [min(pairs, key=lambda pair: pair[1].error or 0.0) for pairs in zip(*tried, strict=True)]
+    return min(tried, key=lambda pairs: sum((module.error or 0.0) ** 2 for _, module in pairs))
 
 
 class _AsItIs:
@@ -138,6 +154,9 @@ def _changes(
             f"The tuned model has no {missing[0]}{more}, which the base has. Are they the same architecture?"
         )
     whole = [name for name in new.tensors if name not in old.tensors]
+    foreign = next((name for name in whole if not TASK_HEADS & {*name.split(".")}), None)
+    if foreign is not None:
+        raise FitError(f"The base has no {foreign}, which the tuned model has. Are they the same architecture?")
     matrices: list[str] = []
     alike = [name for name, info in old.tensors.items() if new.tensors[name].shape == info.shape]
     for name in old.tensors.keys() - set(alike):

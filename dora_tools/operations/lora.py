@@ -12,6 +12,7 @@ from ..checkpoint import Checkpoint, constant
 from ..dtypes import working
 from ..errors import InputError, TargetError
 from ..merging import Merged, Normed, norms
+from .finite import check_finite
 from .outcome import Module, Outcome, by_module, measured
 from .ranks import Ranks
 from .subspace import Matrix, Progress, fits
@@ -35,6 +36,8 @@ def to_lora(
     Modules that are a plain LoRA stay as they are if only one adapter is given, with strength 1. Raises TargetError
     where less than 95 % of the energy is kept, unless ``force``; FitError where adapters and base do not fit.
     """
+    for adapter, _ in adapters:
+        check_finite(adapter, threads)
     binding = bind(adapters, base)
     alone = adapters[0][0] if len(adapters) == 1 and adapters[0][1] == 1.0 else None
     merged = Merged(binding, device)
@@ -62,7 +65,10 @@ def to_lora(
     }
     adapter = replace(
         first,
-        updates=tuple(lows.get(u.module, u) for u in old.values()),
+        updates=tuple(
+            replace(u, bias=None) if f"{u.module}.bias" in biases else u
+            for u in (lows.get(update.module, update) for update in old.values())
+        ),
         replaced={**first.replaced, **biases},
     )
     modules = [

@@ -43,9 +43,8 @@ class Ranks:
     def __post_init__(self) -> None:
         given = [n for n in ("rank", "energy", "ratio", "parameters") if getattr(self, n) is not None]
         if len(given) != 1:
-            raise UsageError(
-                f"Ranks follow from one of rank, energy, ratio and parameters, not from {given or 'none'}."
-            )
+            said = " and ".join(f"--{name}" for name in given) or "none of them"
+            raise UsageError(f"Ranks follow from one of --rank, --energy, --ratio and --parameters, not from {said}.")
         for name in ("rank", "parameters", "most"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):

@@ -17,6 +17,7 @@ from ..dtypes import to_torch, working
 from ..errors import FitError, InputError, UsageError
 from ..lowrank import factors, factors_of, padded, svd_of_product
 from ..merging import Merged, Normed, norms
+from .finite import check_finite
 from .outcome import Module, Outcome, by_module
 from .ranks import Ranks, Spectrum
 
@@ -58,14 +59,17 @@ def rescale(
     NaN and Inf in the factors.
     """
     if (weighted or refit) and base is None:
-        raise UsageError("The magnitudes' weights and their refit need --base.")
+        raise UsageError(f"{'--weighted' if weighted else '--refit'} needs --base.")
     if ranks is None and alpha is None and rslora is None and dtype is None:
         raise UsageError("Say what is to change: a rank, energy, ratio or parameters, alpha, rslora, or the dtype.")
-    if alpha is not None and not 0 < abs(alpha) < 1e15:
+    if alpha is not None and not 1e-15 < abs(alpha) < 1e15:
         raise UsageError(f"An alpha of {alpha:g} would erase the adapter or overflow.")
+    check_finite(adapter, threads)
     if dtype is not None and dtype not in _ROUNDS:
         raise UsageError(f"Factors are stored as float32, float16 or bfloat16, not as {dtype}.")
     old = bind([(adapter, 1.0)], base) if base is not None else None
+    if (weighted or refit) and not adapter.is_dora:
+        raise UsageError("The adapter has no magnitudes that could be refitted or weigh anything: it is a plain LoRA.")
     low = {u.module: u.delta for u in adapter.updates if isinstance(u.delta, LowRank)}
     if not low:
         raise InputError("The adapter has no low-rank update whose rank or alpha could change.")
@@ -79,9 +83,7 @@ def rescale(
         single_threaded()
         assert isinstance(update.delta, LowRank)
         delta, error, norm = update.delta, None, None
-        if ranks is None:
-            _loaded(delta)  # NaN and Inf are found out
-        else:
+        if ranks is not None:
             delta, norm, error = _at_rank(update, ranks, chosen, weights.get(update.module, _Weights()))
         before = update.delta.rank
         return replace(update, delta=delta), Module(update.module, delta.shape, before, delta.rank, norm, error)
@@ -112,14 +114,7 @@ def rescale(
 
 
 def _loaded(delta: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A and lora_B. Raises InputError for NaN and Inf."""
-    found = []
-    for promise in (delta.lora_A, delta.lora_B):
-        values = promise.load()
-        if not bool(values.isfinite().all()):
-            raise InputError(f"{promise.key} holds NaN or Inf: the training diverged or the file is damaged.")
-        found.append(values)
-    return found[0], found[1]
+    return delta.lora_A.load(), delta.lora_B.load()
 
 
 def _svd(delta: LowRank, weights: _Weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -181,12 +176,13 @@ def _stored(update: Update, alpha: float | None, rslora: bool, dtype: str | None
         delta = replace(delta, lora_B=delta.lora_B.times(delta.scaling / scaling), scaling=scaling, source=source)
     if dtype is not None:
         a, b = _balanced(*_loaded(delta), _ROUNDS[dtype])
-        limit = torch.finfo(to_torch(dtype)).max
-        if max(float(a.abs().max()), float(b.abs().max())) > limit:
-            raise FitError(f"{update.module}: its factors are too large for {dtype}.")
-        rounded = (constant(x.to(to_torch(dtype)), promise.key)
-                   for x, promise in ((a, delta.lora_A), (b, delta.lora_B)))  # fmt: skip
-        lora_A, lora_B = rounded
+        stored = [x.to(to_torch(dtype)) for x in (a, b)]
+        for x, y in zip((a, b), stored, strict=True):
+            lost = float((y.double() - x.double()).norm()) / (float(x.double().norm()) or 1.0)
+            if not lost < 8 * 2.0 ** -_ROUNDS[dtype]:
+                size = "too small" if bool(y.isfinite().all()) else "too large"
+                raise FitError(f"{update.module}: its factors are {size} for {dtype}.")
+        lora_A, lora_B = (constant(x, p.key) for x, p in zip(stored, (delta.lora_A, delta.lora_B), strict=True))
         delta = replace(delta, lora_A=lora_A, lora_B=lora_B)
     return replace(update, delta=delta)
 
@@ -218,6 +214,7 @@ def _weights(adapter: Adapter, base: Checkpoint, device: str, threads: int) -> d
         m = own[module]
         ratio, _ = factors(m.vector.load().to(n), n, m.eps, m.eps_rule)
         ratio = ratio.abs().clamp_min(1e-12 * float(ratio.abs().max())).cpu()  # a row of m = 0 would divide by 0
+        ratio = ratio if float(ratio.max()) else torch.ones_like(ratio)
         found[module] = _Weights(rows=ratio) if m.axis == "out" else _Weights(columns=ratio)
     return found
 

@@ -178,7 +178,7 @@ def _write(table: Table, adapter: Adapter) -> Written:
     if "alpha" in rules or any(source.startswith("literal:") for source in table.alpha):
         return Written(Tensors(refs), table.file)
     note = {"alpha": "alpha = 1", "one": "", "rslora": "alpha = √rank"}.get(table.scale_rules[0], "alpha = rank")
-    notes = (f"The scaling is in lora_B: use it with {note}, a scaling of 1.",) if note else ()
+    notes = (f"The scaling is in lora_B: use it with {note}, a scaling of 1 (--scaling 1).",) if note else ()
     return Written(Tensors(refs), table.file, notes=notes)
 
 
