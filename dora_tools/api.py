@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import containers, formats, hub
 from .adapter import Adapter, Axis, Replacement
 from .binding import bind
-from .checkpoint import Checkpoint, Ref, ref
+from .checkpoint import Checkpoint, equal, ref
 from .containers.safetensors import lay_out
 from .dtypes import dtype_named
 from .errors import InputError, TargetError, UsageError
@@ -120,17 +120,13 @@ def _beside(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, int]:
     for name, replacement in adapter.replaced.items():
         own = there.get(name)
         if own is not None and replacement.tensor.shape == own.shape:
-            if _equal(own, replacement.tensor):
+            if equal(own, replacement.tensor):
                 continue
             others = [n for n, i in base.tensors.items() if n != own.key and i.shape == own.shape and may_be_tied(n)]
-            if untied or (others and not any(_equal(own, ref(base, other)) for other in others)):
+            if untied or (others and not any(equal(own, ref(base, other)) for other in others)):
                 replacement = replace(replacement, alone=True)
         kept[name] = replacement
     return replace(adapter, replaced=kept), len(adapter.replaced) - len(kept)
-
-
-def _equal(a: Ref, b: Ref) -> bool:
-    return bool((a.load() == b.load()).all())
 
 
 def inspect(

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any
 
 from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Toward, Unchanged, Update
-from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, overlay, tiles
+from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, equal, overlay, ref, same
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
 from .names.places import Places
@@ -216,7 +216,7 @@ def _refuse_mixtures(plan: _Plan) -> None:
 def _interpolate(name: str, replacement: Replacement, strength: float, plan: _Plan) -> None:
     """A replacement by ``strength``, W + w (R − W): of W's shape, without DoRA on top, and not of a tied weight."""
     info, shape = plan.base.tensors.get(name), replacement.tensor.shape
-    if info is not None and len(shape) == 1 and info.shape == shape and _is_the_base_s(name, replacement, plan):
+    if info is not None and len(shape) == 1 and equal(ref(plan.base, name), replacement.tensor):
         return  # frozen, and saved with the rest
     weight = plan.updates.get(name.removesuffix("bias") + "weight", ())
     dora = any(update.magnitude is not None for update, _ in plan.updates.get(name, ()))
@@ -235,10 +235,6 @@ def _interpolate(name: str, replacement: Replacement, strength: float, plan: _Pl
         )
     toward = Toward(replacement.tensor, (info.rows, info.width))
     plan.updates.setdefault(name, []).append((Update(name, toward, kind="whole"), strength))
-
-
-def _is_the_base_s(name: str, replacement: Replacement, plan: _Plan) -> bool:
-    return bool((plan.base.read(name).reshape(-1) == replacement.tensor.load().reshape(-1)).all())
 
 
 def _unplaced_sentence(unplaced: list[str], total: int, plan: _Plan) -> str:
@@ -289,7 +285,7 @@ def _resolve_ties(plan: _Plan) -> None:
         raise FitError(f"{lost[0]} is tied to a weight that is not in the base under any name that dora-tools knows.")
     ties = {tied: source for tied, source in ties.items() if source in known}
     for tied, source in list(ties.items()):
-        if tied in known and touched & {tied, source} and not _same_values(plan.base, tied, source):
+        if tied in known and touched & {tied, source} and not same(plan.base, tied, plan.base, source):
             del ties[tied]  # both are stored and differ: they are not one weight, whatever the config leaves unsaid
     differing = []
     for tied, source in ties.items():
@@ -321,18 +317,10 @@ def _resolve_ties(plan: _Plan) -> None:
     plan.notes.append(f"{pairs} were one weight and now differ: untied, in the config too.")
 
 
-def _same_values(base: Checkpoint, a: str, b: str) -> bool:
-    if base.tensors[a].shape != base.tensors[b].shape:
-        return False
-    return all(
-        bool((base.read(a, start, stop) == base.read(b, start, stop)).all()) for start, stop in tiles(base.tensors[a])
-    )
-
-
 def _equal(a: Replacement | None, b: Replacement | None) -> bool:
     if a is None or b is None or a is b:
         return a is b
-    return a.tensor.shape == b.tensor.shape and bool((a.tensor.load() == b.tensor.load()).all())
+    return equal(a.tensor, b.tensor)
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:

@@ -161,6 +161,18 @@ def constant(tensor: torch.Tensor, key: str = "") -> Ref:
     return Ref(tuple(tensor.shape), dtype, lambda: tensor.to(working(dtype)), key)
 
 
+def equal(a: Ref, b: Ref) -> bool:
+    """Whether two promised tensors have the same shape and values; loads both, if they are not one."""
+    return a is b or (a.shape == b.shape and bool((a.load() == b.load()).all()))
+
+
+def same(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
+    """Whether two stored tensors have the same shape and values, read tile by tile."""
+    if a.tensors[name].shape != b.tensors[other].shape:
+        return False
+    return all(bool((a.read(name, *rows) == b.read(other, *rows)).all()) for rows in tiles(a.tensors[name]))
+
+
 def assembled(shape: tuple[int, int], pieces: Sequence[tuple[Ref, int, int]]) -> Ref:
     """A promise of a matrix of zeros with smaller matrices put in, each at its row and column."""
 

@@ -11,13 +11,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from math import sqrt
 from typing import Any, TypeVar
 
 import torch
 
-from .adapter import Axis, Kernel, Magnitude, loaded
+from .adapter import Axis, Kernel, Magnitude, Unchanged, loaded
 from .binding import Binding, Bound
 from .checkpoint import Checkpoint, Span, TensorInfo, blocks, single_threaded, tiles
 from .dtypes import encode, to_torch, working
@@ -302,6 +302,31 @@ def norms(
         if not waiting[key]:
             done = taken.pop(key)
             yield key, done[0].sqrt().to(working(info.dtype)) if want.axis == "in" else torch.cat(done)
+
+
+def dora_norms(
+    binding: Binding,
+    threads: int = 1,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+    bare: bool = False,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(module, ‖V‖ along its magnitude's axis) of every update that has a magnitude; ``bare``: ‖W‖."""
+    placed = {b.module: (name, b) for name, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}
+
+    @lru_cache(maxsize=_KEPT)
+    def kernel(module: str) -> Kernel:
+        name, b = placed[module]
+        if bare:
+            return Unchanged(b.delta.shape)
+        return b.delta.kernel(1.0, device, working(binding.base.tensors[name].dtype))
+
+    wanted = {
+        module: Normed(name, b.magnitude.axis, partial(kernel, module))
+        for module, (name, b) in placed.items()
+        if b.magnitude is not None
+    }
+    return norms(binding.base, wanted, threads, device, progress)
 
 
 class LazyTensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import containers, formats, hub
 from .adapter import Adapter, LowRank
@@ -21,7 +21,12 @@ from .names.patterns import ADAPTER_KEY
 from .selftest import check_table
 
 AdapterLike = Adapter | str | Path
-BaseLike = Any  # Checkpoint | LazyTensors | str | Path
+if TYPE_CHECKING:
+    from .merging import LazyTensors
+
+    BaseLike = Checkpoint | LazyTensors | str | Path
+else:
+    BaseLike = Any
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -294,7 +294,7 @@ def _named_base(base: BaseLike, place: Path | None, claimed: Sequence[str]) -> t
 
     A local directory has the id that all adapters agree on, if that is one.
     """
-    if place is None or isinstance(base, Checkpoint):
+    if place is None or not isinstance(base, str | Path):
         return "(in the adapter's file or in memory)", None
     if Path(base).exists():
         agreed = claimed[0] if len(set(claimed)) == 1 and hub.is_id(claimed[0]) else None

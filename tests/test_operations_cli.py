@@ -83,7 +83,7 @@ def command(line: str, at: Callable[[str], Path]) -> list[str]:
     return words
 
 
-WORK = ["rescale.svd_of_product", "combine.svd_of_product", "subspace._fit", "dora.norms", "lora.norms"]
+WORK = ["rescale.svd_of_product", "combine.svd_of_product", "subspace._fit", "dora.dora_norms", "lora.dora_norms"]
 
 
 @pytest.fixture

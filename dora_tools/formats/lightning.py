@@ -25,24 +25,16 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module",
     "_offload_wrapped_module",
 }
-_STATES = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "module",
-    "net",
-    "network",
-    "weights",
-    "params",
-)  # where the network's tensors lie in the saved object
+# where the network's tensors lie in the saved object
+_STATES = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 _ATTRIBUTES = re.compile(r"(model|net|network|backbone|llm|lm|module|transformer_model)\.")
 _PEFT = re.compile(r"^((?:[\w.]+\.)?)base_model\.model\.")  # the PeftModel between the attribute and the network
 _COPIES = re.compile(r"(^|\.)(ema(_\w+)?|\w+_ema|averaged?_model|swa_model)\.")
+_HPARAMS = ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args")
 _TRAINING = re.compile(  # what training keeps beside the network: no weights, and too many to list
     r"optim\w*|opt_states?|(lr_)?schedul\w*|callbacks?|\w*loops?|(grad_)?scaler\w*|amp|rng\w*|random_states?|metrics?|"
-    + "|".join(("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args"))
+    + "|".join(_HPARAMS)
 )
-_HPARAMS = ("hyper_parameters", "hparams", "module_arguments", "datamodule_hyper_parameters", "config", "args")
 _INNER = re.compile(
     r"(lora|peft|adapter|model|train|training)?_?(config|cfg|conf|args|params|hparams|opts?|options)|lora|peft|adapter|model"
 )

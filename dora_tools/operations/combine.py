@@ -10,14 +10,14 @@ import torch
 
 from ..adapter import Adapter, LowRank, Replacement, Update
 from ..binding import bind
-from ..checkpoint import Checkpoint, Ref, Tensors, blocks, constant, single_threaded
+from ..checkpoint import Checkpoint, Ref, Tensors, blocks, constant, equal, single_threaded
 from ..errors import FitError, InputError, UsageError
 from ..lowrank import factors_of, svd_of_product
 from ..merging import Merged
 from ..names import places
 from .finite import check_finite
 from .lora import to_lora
-from .outcome import Module, Outcome, by_module
+from .outcome import Module, Outcome, by_module, rank_of
 from .ranks import Ranks, Spectrum
 from .subspace import Matrix, fits
 
@@ -131,7 +131,7 @@ def combine(
         made = _whole(adapters, updates, {**replaced, **outcome.adapter.replaced})
         return replace(outcome, operation="combine", adapter=made)
     updates = tuple(s[0][0] if m in alone else _side_by_side(s) for m, s in sharing.items())
-    modules = [Module(u.module, u.delta.shape, None, _rank(u)) for u in updates]
+    modules = [Module(u.module, u.delta.shape, None, rank_of(u)) for u in updates]
     if ranks is not None:
         ranks.check({u.module: u.delta.shape for u in updates})
         updates, modules = _truncated(updates, ranks, threads)
@@ -158,10 +158,6 @@ def _whole(adapters: Sequence[Weighted], updates: Sequence[Update], replaced: Ma
     return replace(first, updates=tuple(updates), replaced=replaced, base_model=named, notes=(*first.notes, *notes))
 
 
-def _rank(update: Update) -> int | None:
-    return update.delta.rank if isinstance(update.delta, LowRank) else None
-
-
 def _replaced(adapters: Sequence[Weighted], base: Checkpoint | None) -> dict[str, Replacement]:
     """Tensors saved whole: of one adapter with weight 1, or the same in all; those that are the base's do not count."""
     found: dict[str, Replacement] = {}
@@ -169,20 +165,16 @@ def _replaced(adapters: Sequence[Weighted], base: Checkpoint | None) -> dict[str
     own = places.found(base, names) if base is not None and names else {}
     for adapter, weight in adapters:
         for name, replacement in adapter.replaced.items():
-            if name in own and _equal(own[name], replacement.tensor):
+            if name in own and equal(own[name], replacement.tensor):
                 continue
             if weight != 1.0:
                 raise FitError(
                     f"{name} was saved whole; a weight of {weight:g} takes no part of it. With "
                     "--base, what is as in the base does not count; merge --strength can take a part."
                 )
-            if not _equal(found.setdefault(name, replacement).tensor, replacement.tensor):
+            if not equal(found.setdefault(name, replacement).tensor, replacement.tensor):
                 raise FitError(f"Two of the adapters bring {name} whole, with different values; only one can be kept.")
     return found
-
-
-def _equal(a: Ref, b: Ref) -> bool:
-    return a is b or (a.shape == b.shape and bool((a.load() == b.load()).all()))
 
 
 def _low(update: Update) -> LowRank:
@@ -241,7 +233,7 @@ def _truncated(updates: Sequence[Update], ranks: Ranks, threads: int) -> tuple[t
         )
         made.append(replace(update, delta=low))
         norm, error = float(values.square().sum().sqrt()), float(values[rank:].square().sum().sqrt())
-        modules.append(Module(update.module, low.shape, _rank(update), rank, norm, error))
+        modules.append(Module(update.module, low.shape, rank_of(update), rank, norm, error))
     return tuple(made), modules
 
 

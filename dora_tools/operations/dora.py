@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 
-from ..adapter import Adapter, Axis, Kernel, LowRank, Magnitude, Unchanged
+from ..adapter import Adapter, Axis, LowRank, Magnitude
 from ..binding import bind
 from ..checkpoint import Checkpoint, Ref, constant
-from ..dtypes import working
 from ..errors import InputError
-from ..merging import Normed, norms
+from ..merging import dora_norms
 from .finite import check_finite
 from .outcome import Module, Outcome
 
@@ -45,23 +43,10 @@ def to_dora(
     check_finite(adapter, threads)
     asked = tuple(replace(u, magnitude=Magnitude(_promised(u.delta.shape, axis), axis)) for u in adapter.updates)
     binding = bind([(replace(adapter, updates=asked), 1.0)], base)
-    placed = {b.module: (name, b) for name, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}
-
-    @lru_cache(maxsize=8)  # those in work on the threads, and a few to come
-    def kernel(module: str) -> Kernel:
-        name, b = placed[module]
-        if init == "paper":
-            return Unchanged(b.delta.shape)
-        return b.delta.kernel(1.0, device, working(binding.base.tensors[name].dtype))
-
-    wanted = {
-        module: Normed(name, b.magnitude.axis if b.magnitude else axis, partial(kernel, module))
-        for module, (name, b) in placed.items()
-    }
-    found = dict(norms(binding.base, wanted, threads, device, progress))
+    found = dict(dora_norms(binding, threads, device, progress, bare=init == "paper"))
     for module, vector in found.items():
         if not bool(vector.isfinite().all()):
-            raise InputError(f"{wanted[module].name} and the update of {module} hold NaN or Inf, so their norms do.")
+            raise InputError(f"The base weight of {module} holds NaN or Inf, so its norms do.")
     updates = tuple(
         replace(u, magnitude=Magnitude(constant(found[u.module].float().cpu(), f"{u.module}.magnitude"), axis))
         for u in adapter.updates

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import isfinite
 
-import torch
-
-from ..adapter import Adapter, Axis, Magnitude, Replacement, Update
-from ..checkpoint import Checkpoint, TensorInfo, arranged, constant, ref, tiles
+from ..adapter import Adapter, Axis, Magnitude, Replacement, Unchanged, Update
+from ..checkpoint import Checkpoint, TensorInfo, arranged, constant, ref, same
 from ..compare import distances
 from ..dtypes import DTYPES
 from ..errors import FitError, InputError
@@ -59,7 +57,7 @@ def extract(
     magnitudes: dict[str, Magnitude] = {}
     candidates = [matrices]
     if dora:
-        wanted = {m.module: Normed(m.name, m.scaled or "out", lambda: _AsItIs()) for m in matrices}
+        wanted = {m.module: Normed(m.name, m.scaled or "out", lambda: Unchanged((-1, -1))) for m in matrices}
         for module, n in norms(new, wanted, threads, device):
             magnitudes[module] = Magnitude(constant(n.float().cpu(), f"{module}.magnitude"), "out")
         candidates.append([replace(m, scaled=None) for m in matrices])  # where V is near W', its own scale is as good
@@ -95,11 +93,6 @@ def _nearest(tried: list[list[tuple[Update, Module]]], by_module: bool) -> list[
     if by_module:
         return [min(pairs, key=lambda pair: pair[1].error or 0.0) for pairs in zip(*tried, strict=True)]
     return min(tried, key=lambda pairs: sum((module.error or 0.0) ** 2 for _, module in pairs))
-
-
-class _AsItIs:
-    def apply(self, w: torch.Tensor, start: int) -> None:
-        """V = W."""
 
 
 def _flat(info: TensorInfo) -> int:
@@ -173,12 +166,12 @@ def _changes(
             matrices.append(name)
         elif apart[name].difference:
             whole.append(name)
-    whole += [name for name in alike if name not in floating and not _same(old, name, new, name)]
+    whole += [name for name in alike if name not in floating and not same(old, name, new, name)]
     together = set[str]()
     for tied, source in ties.items():
         if tied in old.tensors and {tied, source} & {*matrices, *whole}:
-            one = config.get("tie_word_embeddings") is not False and _same(old, tied, old, source)
-            if one and _same(new, tied, new, source):  # still one weight
+            one = config.get("tie_word_embeddings") is not False and same(old, tied, old, source)
+            if one and same(new, tied, new, source):  # still one weight
                 matrices = [name for name in matrices if name not in (tied, source)]
                 whole = [name for name in whole if name not in (tied, source)]
                 stored = source if source in base.tensors else tied
@@ -200,9 +193,3 @@ def _is_matrix(name: str, info: TensorInfo) -> bool:
     """Whether it is the weight of a linear or conv layer."""
     named = name.endswith(".weight") and not any(EMBEDDING_NAME.search(part) for part in name.split("."))
     return named and len(info.shape) > 1 and min(info.rows, _flat(info)) > 1
-
-
-def _same(a: Checkpoint, name: str, b: Checkpoint, other: str) -> bool:
-    if a.tensors[name].shape != b.tensors[other].shape:
-        return False
-    return all(bool((a.read(name, *rows) == b.read(other, *rows)).all()) for rows in tiles(a.tensors[name]))

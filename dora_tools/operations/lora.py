@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from ..adapter import Adapter, LowRank, Replacement, Update
-from ..binding import Binding, Bound, bind
+from ..adapter import Adapter, Replacement
+from ..binding import Binding, bind
 from ..checkpoint import Checkpoint, constant
-from ..dtypes import working
 from ..errors import InputError, TargetError
-from ..merging import Merged, Normed, norms
+from ..merging import Merged, dora_norms
 from .finite import check_finite
-from .outcome import Module, Outcome, by_module, measured
+from .outcome import Module, Outcome, by_module, measured, rank_of
 from .ranks import Ranks
 from .subspace import Matrix, Progress, fits
 
@@ -72,7 +71,7 @@ def to_lora(
         replaced={**first.replaced, **biases},
     )
     modules = [
-        Module(m.module, m.shape(binding.base.tensors[m.name]), _rank(old[m.module]), _rank(lows[m.module]),
+        Module(m.module, m.shape(binding.base.tensors[m.name]), rank_of(old[m.module]), rank_of(lows[m.module]),
                totals[m.module], dropped=dropped.get(m.module))
         for m in matrices
     ]  # fmt: skip
@@ -91,10 +90,6 @@ def to_lora(
     return outcome
 
 
-def _rank(update: Update) -> int | None:
-    return update.delta.rank if isinstance(update.delta, LowRank) else None
-
-
 def _turned(binding: Binding) -> dict[str, bool]:
     return {b.module: b.turned for name, bounds in binding.bound.items() for b in bounds if name.endswith("weight")}
 
@@ -106,17 +101,9 @@ def _following(binding: Binding) -> Mapping[str, str]:
 
 def _without_magnitude(adapter: Adapter, binding: Binding, device: str, threads: int) -> dict[str, float]:
     """‖W' − V‖ = ‖m − ‖V‖‖ of every DoRA module, in closed form: the error of leaving m out."""
-    placed = {b.module: (n, b) for n, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}
     vectors = {u.module: u.magnitude.vector for u in adapter.updates if u.magnitude is not None}
-
-    def wanted(name: str, b: Bound) -> Normed:
-        assert b.magnitude is not None
-        dtype = working(binding.base.tensors[name].dtype)
-        return Normed(name, b.magnitude.axis, lambda: b.delta.kernel(1.0, device, dtype))
-
-    found = norms(binding.base, {module: wanted(*at) for module, at in placed.items()}, threads, device)
     errors: dict[str, float] = {}
-    for module, n in found:
+    for module, n in dora_norms(binding, threads, device):
         apart = vectors[module].load().double() - n.double().cpu()
         errors[module] = float(apart[n.cpu() > 0].norm())  # without direction W' is V, whatever m says
     return errors

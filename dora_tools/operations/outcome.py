@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from ..adapter import Adapter
+from ..adapter import Adapter, LowRank, Update
 from ..binding import Bound, bind
 from ..checkpoint import Checkpoint
 from ..compare import distances
@@ -156,6 +156,10 @@ def measured(
     found = distances(again, tuned, [places[m.module] for m in modules], threads, device)
     return [replace(m, error=found[at].difference, weight=found[at].size)
             for m in modules for at in (places[m.module],)]  # fmt: skip
+
+
+def rank_of(update: Update) -> int | None:
+    return update.delta.rank if isinstance(update.delta, LowRank) else None
 
 
 def by_module(bound: Mapping[str, tuple[Bound, ...]]) -> dict[str, str]:

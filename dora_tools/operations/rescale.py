@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from math import frexp, ldexp, sqrt
 
 import torch
@@ -13,12 +12,12 @@ from ..adapter import Adapter, LowRank, Update
 from ..binding import Binding, Bound, bind
 from ..checkpoint import Checkpoint, Ref, blocks, constant, single_threaded, tiles
 from ..compare import distances
-from ..dtypes import to_torch, working
+from ..dtypes import to_torch
 from ..errors import FitError, InputError, UsageError
 from ..lowrank import factors, factors_of, padded, svd_of_product
-from ..merging import Merged, Normed, norms
+from ..merging import Merged, dora_norms
 from .finite import check_finite
-from .outcome import Module, Outcome, by_module
+from .outcome import Module, Outcome, by_module, measured
 from .ranks import Ranks, Spectrum
 
 Progress = Callable[[int], None]
@@ -104,11 +103,12 @@ def rescale(
     )
     notes: tuple[str, ...] = ()
     if base is not None and old is not None:
-        new = bind([(made, 1.0)], base)
         if refit:
-            made = _refitted(made, old, new, device, threads)
-            new = bind([(made, 1.0)], base)
-        modules = _measured(modules, old, new, device, threads)
+            made = _refitted(made, old, bind([(made, 1.0)], base), device, threads)
+        places, target = by_module(old.bound), Merged(old, device)
+        change = distances(old.base, target, [places[m.module] for m in modules], threads, device)
+        modules = [replace(m, delta=change[places[m.module]].difference) for m in modules]
+        modules = measured(modules, made, base, target, places, device, threads)
         notes = ("Errors are those of the merged weight, against its change by the adapter.",)
     return Outcome("rescale", made, tuple(modules), notes)
 
@@ -200,17 +200,8 @@ def _weights(adapter: Adapter, base: Checkpoint, device: str, threads: int) -> d
     """m / ‖V‖ of every DoRA module, by its rows or columns as the update has them."""
     binding = bind([(adapter, 1.0)], base)
     found: dict[str, _Weights] = {}
-    placed = {b.module: (n, b) for n, bounds in binding.bound.items() for b in bounds if b.magnitude is not None}
-    wanted = {
-        module: Normed(
-            name,
-            b.magnitude.axis if b.magnitude else "out",
-            partial(b.delta.kernel, 1.0, device, working(binding.base.tensors[name].dtype)),
-        )
-        for module, (name, b) in placed.items()
-    }
     own = {u.module: u.magnitude for u in adapter.updates if u.magnitude is not None}
-    for module, n in norms(binding.base, wanted, threads, device):
+    for module, n in dora_norms(binding, threads, device):
         m = own[module]
         ratio, _ = factors(m.vector.load().to(n), n, m.eps, m.eps_rule)
         ratio = ratio.abs().clamp_min(1e-12 * float(ratio.abs().max())).cpu()  # a row of m = 0 would divide by 0
@@ -237,11 +228,9 @@ def _refitted(made: Adapter, old: Binding, new: Binding, device: str, threads: i
             dots.append((w * v).sum(1 if along_rows else 0))
             squares.append(v.square().sum(1 if along_rows else 0))
         total = torch.cat if along_rows else lambda parts: torch.stack(parts).sum(0)
-        n, eps, rule = (
-            total(squares).sqrt(),
-            b.magnitude.eps if b.magnitude else 0.0,
-            b.magnitude and b.magnitude.eps_rule,
-        )
+        n = total(squares).sqrt()
+        assert b.magnitude is not None
+        eps, rule = b.magnitude.eps, b.magnitude.eps_rule
         divisor = n + eps if rule == "add" else n.clamp_min(eps)
         return torch.where(n > 0, total(dots) * divisor / n.square(), torch.zeros_like(n)).float().cpu()
 
@@ -255,16 +244,3 @@ def _refitted(made: Adapter, old: Binding, new: Binding, device: str, threads: i
             for u in made.updates
         ),
     )
-
-
-def _measured(modules: list[Module], old: Binding, new: Binding, device: str, threads: int) -> list[Module]:
-    """Errors of the merged weight, and how much the adapter changed it at all."""
-    places = by_module(old.bound)
-    names = [places[m.module] for m in modules]
-    target = Merged(old, device)
-    apart = distances(Merged(new, device), target, names, threads, device)
-    change = distances(old.base, target, names, threads, device)
-    return [
-        replace(m, error=apart[n].difference, weight=apart[n].size, delta=change[n].difference)
-        for m, n in zip(modules, names, strict=True)
-    ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from math import sqrt
 from typing import Any
 
 from ...adapter import Adapter, LowRank, Replacement, Unchanged
@@ -128,7 +127,9 @@ def _write(table: Table, adapter: Adapter) -> Written:
                 f"{', with a bias of its own' if update.bias else ''}). A dense merge keeps it exactly."
             )
         if isinstance(delta, LowRank) and "alpha" in rules:
-            _put(refs, _key(rules["alpha"], update.module), _number_of(delta.scaling / _per_alpha(table, delta.rank)))
+            _put(
+                refs, _key(rules["alpha"], update.module), _number_of(delta.scaling / told_scale(table, delta.rank, 1))
+            )
         if isinstance(delta, LowRank):
             # the factor carries the scaling: alpha is not recorded, or one number for all ranks
             told = told_scale(table, delta.rank, largest if alpha_key else None)
@@ -176,7 +177,9 @@ def _write(table: Table, adapter: Adapter) -> Written:
         text = json.dumps(config, indent=2, sort_keys=True).encode()
         return Written(Tensors(refs), table.file, {"adapter_config.json": text})
     if "alpha" in rules or any(source.startswith("literal:") for source in table.alpha):
-        return Written(Tensors(refs), table.file)
+        ambiguous = len(table.scale_rules) > 1
+        notes = (f"Written for --scale-rule {table.scale_rules[0]}.",) if ambiguous else ()
+        return Written(Tensors(refs), table.file, notes=notes)
     note = {"alpha": "alpha = 1", "one": "", "rslora": "alpha = √rank"}.get(table.scale_rules[0], "alpha = rank")
     notes = (f"The scaling is in lora_B: use it with {note}, a scaling of 1 (--scaling 1).",) if note else ()
     return Written(Tensors(refs), table.file, notes=notes)
@@ -199,12 +202,6 @@ def _check_again(table: Table, adapter: Adapter, refs: Mapping[str, Ref]) -> Non
     lost = found ^ wanted
     if lost:
         raise TargetError(f"{min(lost)[0]} cannot be written so that format '{table.name}' reads the same name back.")
-
-
-def _per_alpha(table: Table, rank: int) -> float:
-    """The scaling that an alpha of 1 gives."""
-    divisors: dict[str, float] = {"alpha": 1, "alpha/rank": rank, "rslora": sqrt(rank), "one": 1}
-    return 1 / divisors[table.scale_rules[0]]
 
 
 def _number_of(value: float) -> Ref:
