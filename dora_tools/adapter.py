@@ -249,7 +249,8 @@ class Update:
     ``module`` is the path in the model as it was trained. ``bias`` is added to the module's bias, already scaled.
     ``kernel_size`` is (in, k, …) of a conv weight, whose factors are given flat. An embedding is (out = dim,
     in = vocabulary). ``transposed`` says what the adapter claims of the base: True for a weight stored (in, out);
-    ``told``: of this very layer, so that it stands where shapes cannot tell.
+    ``told``: of this very layer, so that it stands where shapes cannot tell. ``part``: the rows [first, last) of the
+    stored tensor that it is of, where that holds several matrices (stacked experts, fused projections).
     """
 
     module: str
@@ -260,6 +261,7 @@ class Update:
     kernel_size: tuple[int, ...] = ()
     transposed: bool | None = None
     told: bool = False
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         out, in_ = self.delta.shape
@@ -312,11 +314,11 @@ class Adapter:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        seen: set[str] = set()
+        seen: set[tuple[str, tuple[int, int] | None]] = set()
         for update in self.updates:
-            if update.module in seen:
+            if (update.module, update.part) in seen:
                 raise InputError(f"The adapter updates {update.module} twice.")
-            seen.add(update.module)
+            seen.add((update.module, update.part))
         if not self.updates and not self.replaced:
             raise InputError("The adapter holds no update and no trained tensor: there is nothing in it to use.")
 

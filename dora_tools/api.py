@@ -11,7 +11,7 @@ from . import containers, formats, hub
 from .adapter import Adapter, Axis, Replacement
 from .binding import bind
 from .checkpoint import Checkpoint, equal, ref
-from .containers.safetensors import lay_out
+from .containers import lay_out
 from .dtypes import dtype_named
 from .errors import InputError, TargetError, UsageError
 from .formats import Given

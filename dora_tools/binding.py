@@ -19,6 +19,8 @@ from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Toward, Unch
 from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, equal, overlay, ref, same
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
+from .layout import human
+from .names.gguf import EMBEDDING, HEAD, Dialect, of_gguf
 from .names.places import Places
 from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, TASK_HEADS, always_tied, ties_of
 
@@ -28,7 +30,8 @@ class Bound:
     """One update on one stored matrix: ``delta`` and ``magnitude`` as the base stores it, rows first.
 
     ``turned``: the base stores the transpose of what the update is of. ``follows``: for a bias that is multiplied by
-    the factors m / n of a weight: its name, and which of its updates.
+    the factors m / n of a weight: its name, and which of its updates. ``part``: the rows [first, last) of the stored
+    matrix that it is of; None: all.
     """
 
     module: str
@@ -37,6 +40,7 @@ class Bound:
     strength: float = 1.0
     follows: tuple[str, int] | None = None
     turned: bool = False
+    part: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class _Plan:
     owners: dict[str, int] = field(default_factory=dict)  # which of them replaces it
     trained_on: str = ""
     task: str | None = None
+    dialect: Dialect | None = None  # of a GGUF base
+    untie: bool = False
 
     @property
     def architecture(self) -> str:
@@ -87,6 +93,8 @@ class _Plan:
     @property
     def ties(self) -> dict[str, str] | None:
         """Tied name → the name of what it is tied to, as this base spells them; None for an unknown language model."""
+        if self.dialect:
+            return {HEAD: EMBEDDING}
         if self.config and not self.architecture:
             return None
         ties = ties_of(self.architecture, self.task)
@@ -111,9 +119,14 @@ class _Plan:
         return self.base.tensors[self.aliases.get(name, name)].shape
 
 
-def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding:
-    """Place every update and replacement of the adapters, each with its strength. Raises FitError, TargetError."""
-    original = base.metadata.get("config") or {}
+def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint, untie: bool = False) -> Binding:
+    """Place every update and replacement of the adapters, each with its strength. Raises FitError, TargetError.
+
+    Onto a GGUF base the adapters are translated to its names and row orders first; ``untie`` lets a change of its
+    embedding or head alone give the head a tensor of its own.
+    """
+    dialect = of_gguf(base) if "gguf" in base.metadata else None
+    original = {} if dialect else base.metadata.get("config") or {}
     quantisation = original.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation
@@ -122,8 +135,9 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint) -> Binding
             "or a dequantised copy."
         )
     plan = _Plan(base, {k: dict(v) if isinstance(v, dict) else v for k, v in original.items()})
+    plan.dialect, plan.untie = dialect, untie
     for number, (adapter, strength) in enumerate(adapters):
-        _place(adapter, strength, plan, number)
+        _place(dialect.adapter(adapter) if dialect else adapter, strength, plan, number)
     _refuse_mixtures(plan)
     _resolve_ties(plan)
     _fit_vocabulary(plan)
@@ -158,14 +172,15 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
         plan.notes.append(f"Names: the adapter's '{rule[0]}…' is the base's '{rule[1]}…'.")
 
     unplaced: list[str] = []
-    placed: dict[str, str] = {}
+    placed: dict[tuple[str, tuple[int, int] | None], str] = {}
     for update in adapter.updates:
         name = plan.places.place(weights[update.module], rule)
         if name not in known and name not in heads:
             unplaced.append(name)
-        if name in placed:
-            raise FitError(f"{placed[name]} and {update.module} of the adapter are both {name} in the base.")
-        placed[name] = update.module
+        if (name, update.part) in placed:
+            other = placed[name, update.part]
+            raise FitError(f"{other} and {update.module} of the adapter are both {name} in the base.")
+        placed[name, update.part] = update.module
         plan.updates.setdefault(name, []).append((update, strength))
         plan.touched.setdefault(name, set()).add(number)
         if update.bias is not None:
@@ -176,7 +191,7 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
                     "it to."
                 )
             delta = Dense(update.bias.reshape(-1, 1))
-            plan.updates.setdefault(bias, []).append((Update(update.module, delta), strength))
+            plan.updates.setdefault(bias, []).append((Update(update.module, delta, part=update.part), strength))
             plan.touched.setdefault(bias, set()).add(number)
         if update.magnitude is not None and update.magnitude.scales_bias:
             plan.touched.setdefault(name.removesuffix("weight") + "bias", set()).add(number)
@@ -300,6 +315,8 @@ def _resolve_ties(plan: _Plan) -> None:
             plan.replaced[tied] = theirs
     if not differing:
         return
+    if plan.dialect:
+        _allow_untying(plan, plan.dialect)
     if always_tied(plan.model_type):
         tied, source = differing[0]
         raise TargetError(
@@ -314,7 +331,21 @@ def _resolve_ties(plan: _Plan) -> None:
             plan.aliases[tied] = source
     _set(plan.config, "tie_word_embeddings", False)
     pairs = " and ".join(" and ".join(pair) for pair in differing if touched & {*pair})
-    plan.notes.append(f"{pairs} were one weight and now differ: untied, in the config too.")
+    plan.notes.append(f"{pairs} were one weight and now differ: untied{'' if plan.dialect else ', in the config too'}.")
+
+
+def _allow_untying(plan: _Plan, dialect: Dialect) -> None:
+    size = human(plan.base.tensors[EMBEDDING].nbytes)
+    if not dialect.may_untie():
+        raise TargetError(
+            f"The adapter makes {EMBEDDING} and {HEAD} differ, but of '{dialect.architecture}' models llama.cpp uses "
+            "the embedding as the head whatever the file holds. Train both or neither."
+        )
+    if not plan.untie:
+        raise TargetError(
+            f"The adapter changes one of {EMBEDDING} and {HEAD}, which are one tensor in this GGUF. --untie gives the "
+            f"head a tensor of its own ({size} as stored now), so that only the one that was trained changes."
+        )
 
 
 def _equal(a: Replacement | None, b: Replacement | None) -> bool:
@@ -416,15 +447,19 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
             stored = (info.shape[0], prod(info.shape[1:])) if len(info.shape) > 1 else (0, 0)
             if len(info.shape) > 2 and not update.kernel_size and prod(info.shape[2:]) != 1:
                 stored = (0, 0)  # a stack of matrices: no linear layer
-            if update.kind == "whole" or (isinstance(update.delta, Dense) and update.delta.shape == (*info.shape, 1)):
-                bounds.append(Bound(update.module, update.delta, None, strength))
+            if update.part is not None:
+                first, last = update.part
+                stored = (last - first, info.width) if 0 <= first < last <= info.rows else (0, 0)
+            whole = isinstance(update.delta, Dense) and update.delta.shape in ((*info.shape, 1), stored)
+            if update.kind == "whole" or whole:
+                bounds.append(Bound(update.module, update.delta, None, strength, part=update.part))
                 continue
             turn = update.kind == "embedding" or (update.kind == "linear" and turned(update, stored))
             expected = (in_, out) if turn else (out, in_)
             conv_fits = not update.kernel_size or info.shape[1:] == update.kernel_size
             if any(want not in (has, -1) for want, has in zip(expected, stored, strict=True)) or not conv_fits:
                 raise FitError(_misfit_sentence(update, expected, info, plan))
-            if len(info.shape) > 2:
+            if len(info.shape) > 2 and update.part is None:
                 widths[name] = stored[1]
             magnitude = update.magnitude
             bounds.append(
@@ -434,13 +469,14 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
                     magnitude.turned() if magnitude and turn else magnitude,
                     strength,
                     turned=turn,
+                    part=update.part,
                 )
             )
         bound[name] = tuple(bounds)
     for name, on_weight in list(bound.items()):
         bias = name.removesuffix("weight") + "bias"
         followers = [
-            Bound(b.module, Unchanged((view.tensors[bias].shape[0], 1)), None, b.strength, (name, i))
+            Bound(b.module, Unchanged((view.tensors[bias].shape[0], 1)), None, b.strength, (name, i), part=b.part)
             for i, b in enumerate(on_weight)
             if b.magnitude is not None and b.magnitude.scales_bias and bias in view.tensors
         ]

@@ -136,10 +136,12 @@ class Ref:
             shape = tuple(numel // known if n == -1 and known else n for n in shape)
         return replace(self, shape=shape, fetch=lambda: fetch().reshape(shape), origin=None)
 
-    def rows(self, which: slice) -> Ref:
+    def rows(self, which: slice | Sequence[int]) -> Ref:
+        """Some of the rows, or all in another order."""
         fetch = self.fetch
-        count = len(range(*which.indices(self.shape[0])))
-        return replace(self, shape=(count, *self.shape[1:]), fetch=lambda: fetch()[which], origin=None)
+        count = len(range(*which.indices(self.shape[0]))) if isinstance(which, slice) else len(which)
+        chosen = which if isinstance(which, slice) else list(which)
+        return replace(self, shape=(count, *self.shape[1:]), fetch=lambda: fetch()[chosen], origin=None)
 
     def times(self, factor: float) -> Ref:
         return replace(self, scale=self.scale * factor)

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from math import sqrt
 from typing import Any, TypeVar
 
@@ -36,6 +37,8 @@ class _Part:
     magnitude: Magnitude | None
     follows: tuple[str, int] | None
     strength: float
+    first: int  # of the stored rows, [first, last), that it is of
+    last: int
 
     @property
     def axis(self) -> Axis | None:
@@ -47,7 +50,7 @@ class _Part:
         return self.magnitude is None and self.follows is None
 
     def factors(self, norms: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, int]:
-        """m / n for the norms of rows or columns from ``first`` on, and how many of those have no direction."""
+        """m / n for the norms of rows or columns, its own from ``first`` on; and how many have no direction."""
         assert self.vector is not None
         assert self.magnitude is not None
         m = self.vector[first : first + norms.shape[0]]
@@ -148,23 +151,16 @@ class Merged:
     def _tile(self, name: str, first: int, last: int, w: torch.Tensor) -> None:
         """The merged rows [first, last) into ``w``; the bounds are those of a tile."""
         parts = self._loaded(name, w.dtype)
-        ratios = [self._factors_beforehand(name, i, part, first, last) for i, part in enumerate(parts)]
+        ratios = [self._factors_beforehand(name, i, part) for i, part in enumerate(parts)]
         self._base.read(name, first, last, w)
-        single = len(parts) == 1 and (parts[0].strength == 1.0 or parts[0].linear)
-        pristine = None if single and not self._stats else w.clone()
-        if single:
-            zeros, finite = self._merge(parts[0], ratios[0], w, first)
-        else:
-            assert pristine is not None
-            zeros, finite, total = 0, False, w.clone()
-            for part, ratio in zip(parts, ratios, strict=True):
-                w.copy_(pristine)
-                zeros += self._merge(part, ratio, w, first)[0]
-                w.sub_(pristine)
-                if not part.linear:
-                    w.mul_(part.strength)
-                total.add_(w)
-            w.copy_(total)
+        pristine = w.clone() if self._stats else None
+        # rows that the same updates are of; most tensors have one update, of all rows
+        cuts = sorted({first, last, *(min(max(at, first), last) for p in parts for at in (p.first, p.last))})
+        zeros, finite = 0, True
+        for a, b in pairwise(cuts):
+            here = [(p, r) for p, r in zip(parts, ratios, strict=True) if p.first <= a and b <= p.last]
+            count, known = self._rows(here, w[a - first : b - first], a)
+            zeros, finite = zeros + count, finite and known
         if self._check and not finite and not bool(w.isfinite().all()):
             raise FitError(
                 f"{name}: the merged rows {first} to {last} hold NaN or Inf. Does the base hold some? "
@@ -176,25 +172,44 @@ class Merged:
             delta = float(pristine.sub_(w).double().square_().sum())
         self._sums[name][first] = (delta, weight, zeros)
 
+    def _rows(
+        self, parts: Sequence[tuple[_Part, torch.Tensor | None]], w: torch.Tensor, first: int
+    ) -> tuple[int, bool]:
+        """The stored rows from ``first`` on, all of which ``parts`` are of; returns as ``_merge`` does."""
+        if not parts:
+            return 0, False
+        if len(parts) == 1 and (parts[0][0].strength == 1.0 or parts[0][0].linear):
+            return self._merge(*parts[0], w, first)
+        pristine, total, zeros = w.clone(), w.clone(), 0
+        for part, ratio in parts:
+            w.copy_(pristine)
+            zeros += self._merge(part, ratio, w, first)[0]
+            w.sub_(pristine)
+            if not part.linear:
+                w.mul_(part.strength)
+            total.add_(w)
+        w.copy_(total)
+        return zeros, False
+
     @staticmethod
     def _merge(part: _Part, ratio: torch.Tensor | None, w: torch.Tensor, first: int) -> tuple[int, bool]:
         """W becomes W', in place; returns how many rows had no direction, and whether W' is known to be finite."""
-        part.kernel.apply(w, first)
+        part.kernel.apply(w, first - part.first)
         if part.axis == "out":
             norms = row_norms(w)
-            ratio, zeros = part.factors(norms, first)
+            ratio, zeros = part.factors(norms, first - part.first)
             w.mul_(ratio.unsqueeze(1))
             return zeros, bool(norms.sum().isfinite())  # |w'| ≤ |m|, which is finite
         if ratio is not None:
-            w.mul_(ratio)
+            w.mul_(ratio if part.axis == "in" else ratio[first - part.first :][: len(w)].unsqueeze(1))
             if part.axis == "in":
                 return 0, bool(ratio.isfinite().all())  # as above: a column with NaN or Inf has no finite norm
         return 0, bool(w.sum().isfinite())
 
-    def _factors_beforehand(self, name: str, index: int, part: _Part, first: int, last: int) -> torch.Tensor | None:
+    def _factors_beforehand(self, name: str, index: int, part: _Part) -> torch.Tensor | None:
         """m / n where it is not a matter of these rows alone: of every column; or, for a bias, those of its weight."""
         if part.follows is not None:
-            return self._ratio(*part.follows)[first:last].unsqueeze(1)
+            return self._ratio(*part.follows)
         return self._ratio(name, index) if part.axis == "in" else None
 
     def _loaded(self, name: str, dtype: torch.dtype) -> tuple[_Part, ...]:
@@ -212,7 +227,8 @@ class Merged:
                 linear = m is None and bound.follows is None
                 kernel = bound.delta.kernel(bound.strength if linear else 1.0, self._device, dtype, self._check)
                 vector = loaded(m.vector, self._device, dtype, self._check) if m is not None else None
-                parts.append(_Part(kernel, vector, m, bound.follows, bound.strength))
+                first, last = bound.part or (0, self.tensors[name].rows)
+                parts.append(_Part(kernel, vector, m, bound.follows, bound.strength, first, last))
             with self._lock:
                 self._parts[name] = tuple(parts)
                 while len(self._parts) > _KEPT:
@@ -234,7 +250,10 @@ class Merged:
         def kernel(at: tuple[str, int]) -> Callable[[], Kernel]:
             return lambda: part(at).kernel
 
-        todo = {at: Normed(at[0], part(at).axis or "out", kernel(at)) for at in wanted}
+        todo = {
+            at: Normed(at[0], part(at).axis or "out", kernel(at), self._binding.bound[at[0]][at[1]].part)
+            for at in wanted
+        }
         for at, found in norms(self._base, todo, threads, self._device):
             self._ratios[at], zeros = part(at).factors(found)
             if todo[at].axis == "in":
@@ -248,6 +267,12 @@ class Normed:
     name: str
     axis: Axis
     kernel: Callable[[], Kernel]
+    part: tuple[int, int] | None = None  # only these rows, which the kernel counts from 0
+
+    def tiles(self, info: TensorInfo) -> list[tuple[int, int]]:
+        """The tiles of the tensor, as far as they are of its part."""
+        first, last = self.part or (0, info.rows)
+        return [(max(a, first), min(b, last)) for a, b in tiles(info) if a < last and b > first]
 
 
 K = TypeVar("K")
@@ -282,14 +307,14 @@ def norms(
         w, other = scratch(last - first, info.width, working(info.dtype))
         kernel = want.kernel()
         base.read(want.name, first, last, w)
-        kernel.apply(w, first)
+        kernel.apply(w, first - (want.part or (0, 0))[0])
         return column_squares(w, other) if want.axis == "in" else row_norms(w)
 
-    starts = {key: [first for first, _ in tiles(base.tensors[want.name])] for key, want in wanted.items()}
+    starts = {key: [first for first, _ in want.tiles(base.tensors[want.name])] for key, want in wanted.items()}
     waiting = {key: rows[::-1] for key, rows in starts.items()}  # the next one last
     early: dict[K, dict[int, torch.Tensor]] = {key: {} for key in wanted}
     taken: dict[K, list[torch.Tensor]] = {key: [] for key in wanted}
-    items = ((key, tile) for key, want in wanted.items() for tile in tiles(base.tensors[want.name]))
+    items = ((key, tile) for key, want in wanted.items() for tile in want.tiles(base.tensors[want.name]))
     for (key, (start, stop)), found in blocks(items, squares, threads):
         want, info = wanted[key], base.tensors[wanted[key].name]
         if progress is not None:
@@ -322,7 +347,7 @@ def dora_norms(
         return b.delta.kernel(1.0, device, working(binding.base.tensors[name].dtype))
 
     wanted = {
-        module: Normed(name, b.magnitude.axis, partial(kernel, module))
+        module: Normed(name, b.magnitude.axis, partial(kernel, module), b.part)
         for module, (name, b) in placed.items()
         if b.magnitude is not None
     }

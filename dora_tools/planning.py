@@ -13,7 +13,7 @@ from . import companions, hub
 from .adapter import Unchanged
 from .binding import Binding, bind
 from .checkpoint import Checkpoint, Deferred
-from .containers.safetensors import lay_out
+from .containers import lay_out
 from .dtypes import DTYPES, dtype_named
 from .errors import InputError, ResourceError, UsageError
 from .formats import Given

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, View
-from ..errors import InputError
-from . import safetensors
+from ..errors import InputError, UsageError
+from ..layout import File
+from . import gguf, safetensors
 
 # In order of preference within a directory. A base's own weights come before an adapter that lies beside them.
 BASE_FILES = (
@@ -19,6 +20,8 @@ BASE_FILES = (
     "*.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "*-00001-of-*.gguf",
+    "*.gguf",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_BESIDE = "non_lora_trainables.bin"  # LLaVA's training scripts: what else was trained, in a file of its own
@@ -85,11 +88,34 @@ def _open_file(path: Path, folder: Path) -> Checkpoint:
         return _joined(parts, {**documents, "index": (path.name, table.get("metadata"))})
     if path.name.endswith(".index.json"):
         return safetensors.open_index(path, documents)
+    if gguf.is_gguf(path):
+        return gguf.open_gguf(path, documents)
     if _is_pickle(path):
         from .torch_pickle import open_torch
 
         return _joined([open_torch(path)], documents)
     return safetensors.SafetensorsCheckpoint([path], documents)
+
+
+def lay_out(
+    checkpoint: Checkpoint,
+    *,
+    dtypes: Mapping[str, str] | None = None,
+    max_shard_size: int | None = None,
+    file: str | None = None,
+) -> list[File]:
+    """The weight files of an output, in the container that its base has: GGUF, or else safetensors.
+
+    ``dtypes``: tensors that change their stored type. ``max_shard_size``: bytes of a file, for safetensors.
+    ``file``: the name of the one file.
+    """
+    if "gguf_values" in checkpoint.metadata:
+        return [gguf.lay_out_new(checkpoint, checkpoint.metadata["gguf_values"], file or "adapter.gguf")]
+    if "gguf" not in checkpoint.metadata:
+        return safetensors.lay_out(checkpoint, dtypes=dtypes, max_shard_size=max_shard_size, file=file)
+    if max_shard_size is not None:
+        raise UsageError("GGUF files are not dealt out into shards; leave --max-shard-size out (gguf-split splits).")
+    return gguf.lay_out(checkpoint, dtypes=dtypes, file=file)
 
 
 def _is_pickle(path: Path) -> bool:

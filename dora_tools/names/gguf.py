@@ -1,0 +1,324 @@
+"""HF names and row orders ⇄ those of GGUF files, for the architectures whose layout is known.
+
+llama.cpp's converter renames, stacks experts, fuses some projections and, for the Llama family, reorders the rows of q
+and k within each head. All of these are row operations, so they apply to lora_B, to a magnitude and to a bias as they
+do to the weight, and leave lora_A alone: an adapter can be *translated*, and then fits a GGUF base like any other.
+``gguf.json`` is proved against the converter by fixtures/make_gguf_names.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from importlib.resources import files
+from typing import Any
+
+from ..adapter import Adapter, Delta, LowRank, Replacement, Unchanged, Update
+from ..checkpoint import Checkpoint, Ref, TensorInfo
+from ..errors import FitError, InputError, TargetError, UnsupportedError
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+# what may stand before the names of the table: (dropped, put in its place)
+_PREFIXES = (
+    ("", ""),
+    ("", "model."),
+    ("", "transformer."),
+    ("model.language_model.", "model."),
+    ("language_model.", ""),
+    ("language_model.", "model."),
+    ("model.", ""),
+    ("bert.", ""),
+    ("roberta.", ""),
+    ("transformer.", ""),
+)
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+
+
+@cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads((files(__package__) / "gguf.json").read_text())
+    return table
+
+
+def architectures() -> list[str]:
+    """The GGUF architectures whose layout is known."""
+    return sorted(_table()["architectures"])
+
+
+def row_order(rows: int, heads: int) -> list[int]:
+    """π of llama.cpp's converter: row i of the GGUF tensor is row π(i) of the HF one; halves of a head interleave.
+
+    Raises FitError where the rows are not so many heads of an even size.
+    """
+    if heads < 1 or rows % (2 * heads):
+        raise FitError(f"{rows} rows are not {heads} heads of an even size: is it the right base model?")
+    size = rows // heads
+    return [head * size + half * (size // 2) + pair
+            for head in range(heads) for pair in range(size // 2) for half in range(2)]  # fmt: skip
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The order that undoes ``order``."""
+    back = [0] * len(order)
+    for new, old in enumerate(order):
+        back[old] = new
+    return back
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an HF module lies: a GGUF name without ``.weight``, and which of the matrices in it (an expert, a slice).
+
+    ``heads``: its rows are interleaved within so many heads. ``slice``: q, k or v of a fused projection, gate or up of
+    a fused pair.
+    """
+
+    name: str
+    block: int | None = None
+    expert: int | None = None
+    heads: int = 0
+    slice: str = ""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The names and row orders of one model in GGUF.
+
+    ``heads`` and ``heads_kv`` are of each block, or of all (one number); empty where nobody said. ``known`` are the
+    tensors of the GGUF base, if there is one: it tells what is fused.
+    """
+
+    architecture: str
+    heads: tuple[int, ...] = ()
+    heads_kv: tuple[int, ...] = ()
+    known: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.architecture not in _table()["architectures"]:
+            raise UnsupportedError(
+                f"The layout of GGUF files of architecture '{self.architecture}' is not known here, so nothing is "
+                f"merged into them or made for them. Known: {', '.join(architectures())}. For others: merge into the "
+                "Hugging Face model, and convert the result with llama.cpp's convert_hf_to_gguf.py."
+            )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The row of the architecture in ``gguf.json``."""
+        facts: dict[str, Any] = _table()["architectures"][self.architecture]
+        return facts
+
+    @property
+    def spellings(self) -> dict[str, list[str]]:
+        """GGUF name with {} for numbers → its HF names, the usual one first."""
+        spellings: dict[str, list[str]] = _table()["names"][self.facts["names"]]
+        return spellings
+
+    @cached_property
+    def _hf(self) -> dict[str, str]:
+        return {name: ours for ours, names in self.spellings.items() for name in names}
+
+    @property
+    def permutes(self) -> bool:
+        return bool(self.facts.get("permute"))
+
+    def may_untie(self) -> bool:
+        """Whether llama.cpp reads an ``output.weight`` of a model whose head is tied to its embedding."""
+        return bool(self.facts.get("separate_output"))
+
+    # HF → GGUF
+
+    def place(self, module: str) -> Place | None:
+        """Where an HF module lies; None where the architecture has no such module."""
+        for drop, add in _PREFIXES:
+            if not module.startswith(drop):
+                continue
+            path = add + module.removeprefix(drop)
+            found = self._hf.get(_NUMBER.sub("{}", path))
+            if found is not None:
+                return self._placed(found, [int(number) for number in _NUMBER.findall(path)])
+        return None
+
+    def _placed(self, template: str, numbers: list[int]) -> Place:
+        block = numbers[0] if numbers else None
+        name = template.format(*numbers) if numbers else template
+        place = Place(name, block, numbers[1] if len(numbers) > 1 else None, self._heads(template, block))
+        if f"{name}.weight" in self.known or block is None:
+            return place
+        stem, _, leaf = name.rpartition(".")
+        for fused, slices in (
+            ("attn_qkv", {"attn_q": "q", "attn_k": "k", "attn_v": "v"}),
+            ("ffn_gate_up_exps", {"ffn_gate_exps": "gate", "ffn_up_exps": "up"}),
+        ):
+            if leaf in slices and f"{stem}.{fused}.weight" in self.known:
+                return replace(place, name=f"{stem}.{fused}", slice=slices[leaf])
+        return place
+
+    def _heads(self, template: str, block: int | None) -> int:
+        leaf = template.rpartition(".")[2]
+        if not self.permutes or leaf not in ("attn_q", "attn_k"):
+            return 0
+        return self._count(self.heads if leaf == "attn_q" else self.heads_kv, block)
+
+    def _count(self, heads: tuple[int, ...], block: int | None) -> int:
+        if not heads or (len(heads) > 1 and (block is None or block >= len(heads))):
+            raise InputError(
+                f"The rows of q and k are in another order in GGUF files of '{self.architecture}', and how many heads "
+                "the model has is not known: say --base, the model that it is of (its config.json or its GGUF)."
+            )
+        return heads[0] if len(heads) == 1 else heads[block or 0]
+
+    def part(self, place: Place, rows: int) -> tuple[int, int] | None:
+        """Which rows of the stored tensor an HF matrix of so many ``rows`` takes up; None: all of them."""
+        if place.slice in ("q", "k", "v"):
+            whole = self.known[f"{place.name}.weight"].rows
+            q, kv = self._count(self.heads, place.block), self._count(self.heads_kv, place.block)
+            size = whole // (q + 2 * kv)
+            start = {"q": 0, "k": q * size, "v": (q + kv) * size}[place.slice]
+            return start, start + rows
+        if place.expert is None:
+            return None
+        step = 2 * rows if place.slice else rows
+        start = place.expert * step + (rows if place.slice == "up" else 0)
+        return start, start + rows
+
+    def adapter(self, adapter: Adapter) -> Adapter:
+        """An adapter with HF names as one of the GGUF: names, row orders, and parts of stacked or fused tensors.
+
+        Raises FitError for what has no place in it, and UnsupportedError for what cannot be placed in part.
+        """
+        places = {update.module: self.place(update.module) for update in adapter.updates}
+        owners = {name: self.place(name.rpartition(".")[0]) for name in adapter.replaced}
+        lost = [name for name, place in {**places, **owners}.items() if place is None]
+        if lost:
+            raise FitError(
+                f"{len(lost)} of the adapter's {len(places) + len(owners)} modules and tensors have no place in a GGUF "
+                f"of architecture '{self.architecture}': {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}. Is it "
+                "the right base? If it is, merge into the Hugging Face model and convert that with "
+                "convert_hf_to_gguf.py."
+            )
+        updates = tuple(self._update(u, place) for u in adapter.updates if (place := places[u.module]))
+        replaced = dict(
+            self._replacement(name, adapter.replaced[name], place) for name, place in owners.items() if place
+        )
+        return replace(adapter, updates=updates, replaced=replaced)
+
+    def _update(self, update: Update, place: Place) -> Update:
+        out = update.delta.shape[0]
+        if out < 0 and update.magnitude is not None and update.magnitude.axis == "out":
+            out = update.magnitude.vector.shape[0]
+        if update.kind == "conv" or update.part is not None:
+            raise UnsupportedError(f"{update.module} is no linear layer, embedding or expert of a GGUF model.")
+        update = replace(update, module=place.name, transposed=False, told=True)
+        if update.kind == "embedding":
+            return update
+        moved = _reordered(update, row_order(out, place.heads)) if place.heads else update
+        return replace(moved, part=self.part(place, out))
+
+    def _replacement(self, name: str, replacement: Replacement, place: Place) -> tuple[str, Replacement]:
+        tensor, parameter = replacement.tensor, name.rpartition(".")[2]
+        leaf = place.name.rpartition(".")[2]
+        if place.expert is not None or place.slice:
+            raise UnsupportedError(
+                f"{name} is saved whole, and in the GGUF base it is one part of {place.name}. Merge into the Hugging "
+                "Face model instead."
+            )
+        if place.heads:
+            tensor = tensor.rows(row_order(tensor.shape[0], place.heads))
+        if parameter == "weight" and leaf in self.facts.get("transposed", ()):
+            tensor = tensor.T
+        shift = self.facts.get("norm_shift", 0) if leaf in self.facts.get("shifted", ()) else 0
+        if shift and parameter == "weight":
+            tensor = _shifted(tensor, shift)
+        full = f"{place.name}.{parameter}"
+        base = self.known.get(full)
+        if base is not None and base.shape != tensor.shape:
+            raise FitError(
+                f"{name} has shape {list(tensor.shape)} and the GGUF's {full} {list(base.shape)}. Of a vocabulary that "
+                "grew, the new tokens would have to be in the GGUF too: merge into the Hugging Face model and convert "
+                "that with convert_hf_to_gguf.py."
+            )
+        return full, replace(replacement, tensor=tensor)
+
+    # GGUF → HF
+
+    def names(self, name: str) -> Iterator[str]:
+        """All HF names of a GGUF module; the experts of a stacked one have {} for their number."""
+        numbers = _NUMBER.findall(name)
+        for spelling in self.spellings.get(_NUMBER.sub("{}", name), ()):
+            yield spelling.format(*numbers, *["{}"] * (spelling.count("{}") - len(numbers)))
+
+    def back(self, adapter: Adapter, known: Mapping[str, TensorInfo] | None = None) -> Adapter:
+        """An adapter with GGUF names as one of the HF model; of several names one in ``known``, else the usual one.
+
+        Raises FitError for names that the architecture does not have.
+        """
+        return replace(adapter, updates=tuple(self._update_back(u, known or {}) for u in adapter.updates))
+
+    def _update_back(self, update: Update, known: Mapping[str, TensorInfo]) -> Update:
+        names = list(self.names(update.module))
+        if not names:
+            raise FitError(f"{update.module} is no tensor of a GGUF model of architecture '{self.architecture}'.")
+        out = update.delta.shape[0]
+        expert = update.part[0] // out if update.part else None
+        spelled = [name.format(expert) for name in names]
+        module = next((n for n in spelled if f"{n}.weight" in known or f"model.{n}.weight" in known), spelled[0])
+        number = next(iter(_NUMBER.findall(update.module)), None)
+        heads = self._heads(update.module, int(number) if number else None)
+        leaf = update.module.rpartition(".")[2]
+        update = replace(update, part=None, told=False, transposed=leaf in self.facts.get("transposed", ()))
+        moved = _reordered(update, inverse(row_order(out, heads))) if heads else update
+        return replace(moved, module=module)
+
+
+def _reordered(update: Update, order: Sequence[int]) -> Update:
+    """The update of the same matrix with its rows in another order."""
+    delta: Delta = update.delta
+    if isinstance(delta, LowRank):
+        delta = replace(delta, lora_B=delta.lora_B.rows(order))
+    elif not isinstance(delta, Unchanged):
+        raise UnsupportedError(f"{update.module}: the rows of a {type(delta).__name__} update cannot be reordered.")
+    magnitude = update.magnitude
+    if magnitude is not None and magnitude.axis == "out":
+        magnitude = replace(magnitude, vector=magnitude.vector.rows(order))
+    bias = update.bias.rows(order) if update.bias is not None else None
+    return replace(update, delta=delta, magnitude=magnitude, bias=bias)
+
+
+def _shifted(tensor: Ref, shift: float) -> Ref:
+    return replace(tensor, fetch=lambda: tensor.load() + shift, scale=1.0, origin=None)
+
+
+def of_gguf(checkpoint: Checkpoint) -> Dialect:
+    """The dialect of a GGUF base. Raises UnsupportedError for an architecture whose layout is not known."""
+    headers = checkpoint.metadata["gguf"]
+    values: Mapping[str, Any] = next(iter(headers.values())).values
+    architecture = str(values.get("general.architecture"))
+    heads = _numbers(values.get(f"{architecture}.attention.head_count"))
+    heads_kv = _numbers(values.get(f"{architecture}.attention.head_count_kv")) or heads
+    return Dialect(architecture, heads, heads_kv, checkpoint.tensors)
+
+
+def of_config(config: Mapping[str, Any], architecture: str | None = None) -> Dialect:
+    """The dialect that llama.cpp's converter gives a Hugging Face model. Raises TargetError if it is not known."""
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, Mapping) else config
+    model_type = config.get("model_type")
+    if architecture is None:
+        rows = _table()["architectures"].items()
+        architecture = next((name for name, row in rows if model_type in row["model_types"]), None)
+    if architecture is None:
+        raise TargetError(
+            f"Of models of type '{model_type}' the GGUF layout is not known here. Known GGUF architectures: "
+            f"{', '.join(architectures())}. For others: merge into the model and convert that with llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
+    heads = _numbers(config.get("num_attention_heads", config.get("n_head")))
+    return Dialect(architecture, heads, _numbers(config.get("num_key_value_heads")) or heads)
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    many = value if isinstance(value, list | tuple) else (value,)
+    return tuple(n for n in many if isinstance(n, int) and not isinstance(n, bool))
