@@ -1,4 +1,4 @@
-"""Two checkpoints, tile by tile: how far apart tensors of the same name are."""
+"""Two checkpoints, tile by tile: how far apart tensors of the same name are, and what storing one does to it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from math import sqrt
 import torch
 
 from .checkpoint import Checkpoint, blocks, single_threaded, tiles
-from .dtypes import working
+from .dtypes import decode, working
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,66 @@ def distances(
             progress(info.bytes_of((last - first) * info.width))
     ordered = {name: [sums[first] for first in sorted(sums)] for name, sums in found.items()}
     return {n: Distance(sqrt(sum(d for d, _ in sums)), sqrt(sum(s for _, s in sums))) for n, sums in ordered.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """What storing W' as W'q did to Δ = W' − W, of one tensor or of several.
+
+    ``gain``: ⟨W'q − W, Δ⟩ / ‖Δ‖², 1 where Δ is there in full and 0 where it was rounded away; ``error``:
+    ‖W'q − W'‖ / ‖Δ‖ (both None where Δ is 0); ``relative``: ‖W'q − W'‖ / ‖W'‖.
+    """
+
+    gain: float | None
+    error: float | None
+    relative: float
+
+
+class Rounding:
+    """Measures ``Rounded`` while a merge is written, on up to ``_MEASURED`` tiles of each tensor, evenly spread.
+
+    To be called with each tile: name, rows [first, last), the values, and the bytes that they were rounded to.
+    """
+
+    _MEASURED = 4
+
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+        self._sums: dict[str, dict[int, tuple[float, float, float, float]]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, first: int, last: int, values: torch.Tensor, raw: torch.Tensor, dtype: str) -> None:
+        cut = tiles(self._base.tensors[name])
+        at = next(i for i, (start, _) in enumerate(cut) if start == first)
+        if at % -(-len(cut) // self._MEASURED):
+            return
+        merged = values.float().cpu()
+        stored = decode(raw, dtype).view(merged.shape).float()
+        delta = merged - self._base.read(name, first, last).float()
+        rounding = stored - merged
+        sums = (
+            float((rounding.double() * delta).sum()),
+            _squares(delta),
+            _squares(rounding),
+            _squares(merged),
+        )
+        with self._lock:
+            self._sums.setdefault(name, {})[first] = sums
+
+    @property
+    def tensors(self) -> dict[str, Rounded]:
+        """Of each tensor that was measured."""
+        return {name: self._of([name]) for name in sorted(self._sums)}
+
+    def total(self, names: Iterable[str]) -> Rounded:
+        """Of all these tensors together."""
+        return self._of([name for name in names if name in self._sums])
+
+    def _of(self, names: list[str]) -> Rounded:
+        rows = [self._sums[name][first] for name in names for first in sorted(self._sums[name])]
+        along, delta, rounding, size = (sum(row[i] for row in rows) for i in range(4))
+        relative = sqrt(rounding / size) if size else 0.0
+        return Rounded(1 + along / delta, sqrt(rounding / delta), relative) if delta else Rounded(None, None, relative)
 
 
 def _squares(x: torch.Tensor) -> float:

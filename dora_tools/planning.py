@@ -20,6 +20,8 @@ from .formats import Given
 from .layout import Computed, File, Layout, bytes_of
 from .opening import AdapterLike, BaseLike, Input, base_of, inputs_of, left_out_notes, with_base, workers
 from .selftest import check_table
+from .storing import Storing
+from .templates import Templated
 from .write import Progress, check_room, check_target, write
 
 if TYPE_CHECKING:
@@ -38,9 +40,11 @@ class MergePlan:
     merged: Deferred = field(repr=False)
     inputs: tuple[Input, ...] = field(repr=False)
     base_name: str
+    source: Checkpoint = field(repr=False)
     options: dict[str, Any]
     with_card: bool
     said: list[str]
+    storing: Storing | None = None  # of a GGUF
 
     @property
     def files(self) -> list[str]:
@@ -87,8 +91,11 @@ class MergePlan:
         """Write it. Returns the Merged that was computed, with its statistics; None where there was none to compute."""
 
         def closing() -> Iterable[File]:
+            if self.storing is not None:
+                self.storing.judge()
             return [self._manifest(self.result)] if self.with_card else []
 
+        self.examine()
         write(
             self.merged,
             self.layout,
@@ -97,8 +104,17 @@ class MergePlan:
             progress=progress,
             closing=closing,
             check=not self.options["allow_nonfinite"],
+            rounded=self.storing.measure() if self.storing is not None else None,
         )
         return self.result
+
+    def examine(self) -> None:
+        """Look into the values, where they tell whether a GGUF is the right base: adds notes. Raises FitError."""
+        if self.storing is not None and not self.storing.examined:
+            self.said.extend(self.storing.examine(self.threads))
+            if isinstance(self.source, Templated):
+                self.source.check(self.threads)
+                self.said.extend(self.source.notes)
 
     @property
     def result(self) -> Merged | None:
@@ -144,6 +160,7 @@ class MergePlan:
                     for i in self.inputs
                 ],
                 "options": self.options,
+                **({"gguf": self.storing.report()} if self.storing is not None else {}),
                 "merged": modules,
                 "replaced": list(self.binding.replaced),
                 "added": list(self.binding.added),
@@ -166,11 +183,19 @@ def plan_merge(
     threads: int | None = None,
     format: str | None = None,
     given: Given | None = None,
+    like: BaseLike | None = None,
+    gguf_type: str | None = None,
+    allow_loss: bool = False,
+    untie: bool = False,
+    modelfile: bool = False,
 ) -> MergePlan:
     """Read, bind, lay out and check a merge without writing anything: all that can fail from names, shapes and space.
 
     ``base`` None: the base that the adapter's file brings with it, or the model that it names. ``out``: a directory, or
-    for a base that is one file also a ``.safetensors`` file. Raises any error of ``errors``.
+    for a base that is one file also a ``.safetensors`` or ``.gguf`` file. The last five are for GGUF: ``like``, a GGUF
+    of the same model as an HF ``base``, which is written in its shape; ``gguf_type``, one of ``storing.CHOICES``;
+    ``allow_loss``, to keep a file that the adapter was rounded out of; ``untie`` (see ``bind``); ``modelfile``, to
+    write one for Ollama. Raises any error of ``errors``.
     """
     if not str(out) or base == "":
         raise UsageError(f"{'OUT' if not str(out) else 'BASE'} is empty: is a shell variable not set?")
@@ -200,16 +225,31 @@ def plan_merge(
             ) from error
         raise
     checkpoint = base_of(place or base)
-    binding = bind([(i.adapter, i.strength) for i in inputs], checkpoint)
+    if like is not None:
+        checkpoint = Templated(base_of(like), checkpoint)
+    in_gguf = "gguf" in checkpoint.metadata
+    folder, file = Path(out), None
+    if folder.suffix in (".safetensors", ".gguf"):
+        if in_gguf != (folder.suffix == ".gguf"):
+            way = "give a .gguf file or a directory" if in_gguf else "a GGUF needs a GGUF base, or --like one"
+            raise UsageError(f"{out} is not what this base is merged into: {way}.")
+        if not in_gguf and (place is None or place.is_dir() or limit is not None):
+            raise UsageError(f"{out} names one file, which needs a base that is one file; give a directory.")
+        folder, file = folder.parent, folder.name
+    elif like is not None:
+        raise UsageError(f"With --like, OUT is a .gguf file, not {out}.")
+    if in_gguf and dtype:
+        raise UsageError("--dtype is for safetensors; of a GGUF, --gguf-type says how weights are stored.")
+    if not in_gguf and (gguf_type or untie or modelfile or allow_loss):
+        raise UsageError("--gguf-type, --allow-loss, --untie and --modelfile are for a GGUF base, or with --like one.")
+    binding = bind([(i.adapter, i.strength) for i in inputs], checkpoint, untie)
+    storing = Storing(binding, gguf_type or "auto", allow_loss) if in_gguf else None
 
     target = dtype_named(dtype) if dtype else None
     tensors = binding.base.tensors
     dtypes = {n: target for n, i in tensors.items() if DTYPES[i.dtype].floating} if target else {}
-    folder, file = Path(out), None
-    if folder.suffix == ".safetensors":
-        if place is None or place.is_dir() or limit is not None:
-            raise UsageError(f"{out} names one file, which needs a base that is one file; give a directory.")
-        folder, file = folder.parent, folder.name
+    if storing is not None:
+        dtypes = storing.dtypes
     worker_count = workers(threads)
 
     def make() -> Checkpoint:
@@ -218,10 +258,20 @@ def plan_merge(
         return Merged(binding, device, stats, allow_nonfinite)
 
     result = Deferred(binding.base, binding.bound, make)
-    whole = "model.safetensors" if place is None and limit is None else None  # from memory or a mixed file
-    files = lay_out(result, dtypes=dtypes, max_shard_size=limit, file=file or whole)
+    in_memory = place is None and limit is None and not in_gguf  # or a mixed file
+    files = lay_out(
+        result,
+        dtypes=dtypes,
+        max_shard_size=limit,
+        file=file or ("model.safetensors" if in_memory else None),
+        file_type=storing.file_type if storing is not None else None,
+    )
     base_name, hub_id = _named_base(base, place, names)
     with_card, notes, index = file is None, list[str](), list[File]()
+    if storing is not None:
+        notes += storing.notes
+    if modelfile:
+        files.append(File("Modelfile", (f"FROM ./{files[0].path}\n".encode(),)))
     if with_card:
         index = [f for f in files if f.path.endswith(".index.json")]
         files = [f for f in files if f not in index]
@@ -246,26 +296,40 @@ def plan_merge(
         labels = [f"{i.name}, strength {i.strength:g}" if i.strength != 1 else i.name for i in inputs]
         files += [companions.card(folder.resolve().name, base_name, hub_id, labels, counted), *index]
     layout = Layout(files)
-    read_from = [p for p in (place, *(i.place for i in inputs)) if p is not None]
+    template = hub.resolve(like, "base") if isinstance(like, str | Path) else None
+    read_from = [p for p in (place, template, *(i.place for i in inputs)) if p is not None]
     if place is not None and place.is_dir() and place.resolve() in folder.resolve().parents:
         raise UsageError(f"{folder} lies inside the base {place}; write somewhere else.")
     if file is None:
         check_target(layout, folder, read_from, force)
-    elif (folder / file).exists() and (
-        not force or any((folder / file).samefile(p) for place in read_from for p in (place, *_files_in(place)))
-    ):
-        why = "exists; --force replaces it" if not force else "is an input"
-        raise UsageError(f"{out} {why}. Choose another name.")
+    else:
+        for path in (folder / f.path for f in files if (folder / f.path).exists()):
+            if not force or any(path.samefile(p) for place in read_from for p in (place, *_files_in(place))):
+                why = "exists; --force replaces it" if not force else "is an input"
+                raise UsageError(f"{path} {why}. Choose another name.")
     options = {
         "dtype": dtype,
         "device": device,
         "max_shard_size": max_shard_size,
         "stats": stats,
         "allow_nonfinite": allow_nonfinite,
+        **({"like": str(like), "gguf_type": gguf_type, "untie": untie} if in_gguf else {}),
     }
     free = check_room(layout, folder)
     return MergePlan(
-        folder, binding, layout, free, worker_count, result, tuple(inputs), base_name, options, with_card, notes
+        folder,
+        binding,
+        layout,
+        free,
+        worker_count,
+        result,
+        tuple(inputs),
+        base_name,
+        checkpoint,
+        options,
+        with_card,
+        notes,
+        storing,
     )
 
 

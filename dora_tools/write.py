@@ -31,6 +31,8 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 _COPY_CHUNK = 16 << 20  # one unit of work, progress and early write-back
 Progress = Callable[[int], None]
+# called with each computed tile: name, rows [first, last), values, the bytes that they were rounded to, their type
+Rounded = Callable[[str, int, int, "torch.Tensor", "torch.Tensor", str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +138,15 @@ def write(
     progress: Progress | None = None,
     check: bool = True,
     closing: Callable[[], Iterable[File]] = tuple,
+    rounded: Rounded | None = None,
 ) -> None:
     """Write ``layout`` with the tensors of ``checkpoint`` into ``folder``, all of it or nothing.
 
     With ``check``, a number that does not fit its stored type (Inf) is refused: FitError. ``progress`` is called with
     the number of bytes done since the last call. ``closing`` gives further files of literal bytes once the tensors are
-    written (a manifest with what was measured). Raises ResourceError for a full or failing disk; whatever the
-    checkpoint raises passes through. Files that already stand in ``folder`` under the same names are replaced at the
-    end, each in one step.
+    written (a manifest with what was measured), or raises what forbids to keep them; ``rounded`` sees every tile.
+    Raises ResourceError for a full or failing disk; whatever the checkpoint raises passes through. Files that already
+    stand in ``folder`` under the same names are replaced at the end, each in one step.
     """
     threads = threads or min(8, os.cpu_count() or 1)
     outputs = [_Output(folder, file, layout.digest) for file in layout.files]
@@ -154,7 +157,7 @@ def write(
         _remove_leftovers(folder)
         for output in outputs:
             output.open()
-        _fill(checkpoint, layout.files, outputs, threads, progress or (lambda count: None), check)
+        _fill(checkpoint, layout.files, outputs, threads, progress or (lambda count: None), check, rounded)
         for file in closing():
             output = _Output(folder, file, layout.digest)
             outputs.append(output)
@@ -185,6 +188,7 @@ def _fill(
     threads: int,
     progress: Progress,
     check: bool = True,
+    rounded: Rounded | None = None,
 ) -> None:
     copies: list[_Item] = []
     computes: list[_Item] = []
@@ -202,7 +206,7 @@ def _fill(
                 info = checkpoint.tensors[piece.name]
                 computes += (_Compute(index, at, piece, first, last) for first, last in tiles(info))
             at += length(piece)
-    worker = _Worker(checkpoint, outputs, threads, check)
+    worker = _Worker(checkpoint, outputs, threads, check, rounded)
     # torch is imported, and column norms are taken, by one worker while the others copy
     for items in ([_Prepare(), *copies] if computes else copies, computes):
         for _, count in blocks(items, worker, threads):
@@ -236,8 +240,10 @@ def _remove_leftovers(folder: Path) -> None:
 class _Worker:
     """Does one piece of work in whatever thread it is called; buffers and open sources are its own."""
 
-    def __init__(self, checkpoint: Checkpoint, outputs: Sequence[_Output], threads: int, check: bool) -> None:
-        self._check = check
+    def __init__(
+        self, checkpoint: Checkpoint, outputs: Sequence[_Output], threads: int, check: bool, rounded: Rounded | None
+    ) -> None:
+        self._check, self._rounded = check, rounded
         self._checkpoint, self._outputs, self._threads = checkpoint, outputs, threads
         self._sources: dict[Path, Source] = {}
         self._local = threading.local()
@@ -306,7 +312,10 @@ class _Worker:
         if raw is None or raw.numel() < size:
             raw = self._local.raw = torch.empty(size, dtype=torch.uint8)
         encode(values, dtype, raw[:size])
-        if self._check and (dtype == "F16" or DTYPES[info.dtype].nbytes > DTYPES[dtype].nbytes):
+        if self._rounded is not None:
+            self._rounded(name, item.first, item.last, values, raw[:size], dtype)
+        narrower = DTYPES[info.dtype].nbytes > DTYPES[dtype].nbytes and DTYPES[dtype].torch
+        if self._check and (dtype == "F16" or narrower):
             written = raw[:size].view(to_torch(dtype))
             if not bool(written.isfinite().all()) and bool(values.isfinite().all()):
                 raise FitError(

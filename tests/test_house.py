@@ -19,10 +19,11 @@ FLOORS = [
     {"adapter"},
     {"lowrank"},
     {"layout", "names"},
-    {"binding", "formats", "containers"},
+    {"binding", "formats", "containers", "recipes"},
+    {"templates"},
     {"merging", "write", "companions"},
-    {"compare"},
-    {"operations", "summary", "hub", "selftest"},
+    {"compare", "evidence"},
+    {"operations", "summary", "hub", "selftest", "storing"},
     {"opening"},
     {"planning"},
     {"api"},
@@ -30,7 +31,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_ROOMS = {"lowrank", "merging", "compare", "operations"}
+TORCH_ROOMS = {"lowrank", "merging", "compare", "evidence", "operations"}
 
 
 def room_of(path: Path) -> str:

@@ -12,8 +12,11 @@ from ..layout import human
 from .options import computing, progress, reading
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..api import MergePlan
     from ..merging import Merged
+    from ..storing import Storing
 
 
 @click.command("merge")
@@ -27,6 +30,16 @@ if TYPE_CHECKING:
     "--dtype", metavar="TYPE", help="Write floating weights as float32, bfloat16 or float16. Default: as BASE."
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Deal the weights out again, e.g. 5GB.")
+@click.option("--like", metavar="GGUF", help="A GGUF whose shape to write, of a full-precision BASE.")
+@click.option(
+    "--gguf-type",
+    metavar="TYPE",
+    help="How a GGUF stores weights: auto (float as it is, merged quantised ones Q8_0), keep, or all as q8_0, f16, "
+    "bf16, f32, q4_k_m, ….",
+)
+@click.option("--allow-loss", is_flag=True, help="Keep a GGUF although rounding undid the adapter.")
+@click.option("--untie", is_flag=True, help="Give a GGUF's head a tensor of its own where only one end was trained.")
+@click.option("--modelfile", is_flag=True, help="Write a Modelfile beside the GGUF, for ollama create.")
 @click.option("--stats", is_flag=True, help="Measure each tensor's relative change ‖W'−W‖/‖W‖ and print the table.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print what would be done, write nothing.")
 @click.option(
@@ -55,6 +68,7 @@ def command(
 
     weights: Any = strength[0] if len(strength) == 1 else list(strength) or 1.0
     plan = api.plan_merge(list(adapters), base, out, strength=weights, device=device, **options)
+    plan.examine()
     for note in plan.notes:
         click.echo(f"note: {note}", err=True)
     result, seconds = None, 0.0
@@ -71,6 +85,28 @@ def command(
         _print(plan, result, dry_run, seconds, options["stats"])
 
 
+def _print_storing(storing: Storing, console: Console, every: bool) -> None:
+    """How the merged weights are stored and what that does to the adapter: together, and with ``every`` each."""
+    from rich.table import Table
+
+    rounding, before = storing.rounding, storing.binding.base.tensors
+    if rounding is None or not rounding.tensors:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("stored", "tensors", "gain", "error/‖Δ‖", "error/‖W'‖"):
+        table.add_column(head, justify="left" if head == "stored" else "right")
+    groups: dict[str, list[str]] = {}
+    for name in rounding.tensors:
+        groups.setdefault(f"{before[name].dtype} → {storing.dtypes.get(name, before[name].dtype)}", []).append(name)
+    rows = [(kinds, str(len(names)), rounding.total(names)) for kinds, names in groups.items()]
+    if every:
+        rows += [(name, "", rounded) for name, rounded in rounding.tensors.items()]
+    for label, count, r in rows:
+        gain, error = ("–" if x is None else f"{x:.3f}" for x in (r.gain, r.error))
+        table.add_row(label, count, gain, error, f"{r.relative:.1e}")
+    console.print(table)
+
+
 def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float) -> dict[str, Any]:
     report: dict[str, Any] = {
         "schema": "dora-tools/merge/1",
@@ -83,6 +119,8 @@ def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: floa
         "free_bytes": plan.free,
         "notes": plan.notes,
     }
+    if plan.storing is not None:
+        report["gguf"] = plan.storing.report()
     if result is not None:
         report["seconds"] = round(seconds, 3)
         report["rows_without_direction"] = {n: z for n in result.merged if (z := result.zeros(n))}
@@ -110,6 +148,8 @@ def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float
             console.print(
                 f"{item.name}: {scaling['modules']} modules, scaling {scaling['value']:g} = {scaling['source']}"
             )
+    if result is not None and plan.storing is not None:
+        _print_storing(plan.storing, console, stats)
     if result is not None and stats:
         changes = {name: result.change(name) for name in result.merged}
         table = Table(box=None, pad_edge=False, header_style="bold")

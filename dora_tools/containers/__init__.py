@@ -103,11 +103,12 @@ def lay_out(
     dtypes: Mapping[str, str] | None = None,
     max_shard_size: int | None = None,
     file: str | None = None,
+    file_type: int | None = None,
 ) -> list[File]:
     """The weight files of an output, in the container that its base has: GGUF, or else safetensors.
 
     ``dtypes``: tensors that change their stored type. ``max_shard_size``: bytes of a file, for safetensors.
-    ``file``: the name of the one file.
+    ``file``: the name of the one file. ``file_type``: what a GGUF calls its mix of types.
     """
     if "gguf_values" in checkpoint.metadata:
         return [gguf.lay_out_new(checkpoint, checkpoint.metadata["gguf_values"], file or "adapter.gguf")]
@@ -115,7 +116,7 @@ def lay_out(
         return safetensors.lay_out(checkpoint, dtypes=dtypes, max_shard_size=max_shard_size, file=file)
     if max_shard_size is not None:
         raise UsageError("GGUF files are not dealt out into shards; leave --max-shard-size out (gguf-split splits).")
-    return gguf.lay_out(checkpoint, dtypes=dtypes, file=file)
+    return gguf.lay_out(checkpoint, dtypes=dtypes, file=file, file_type=file_type)
 
 
 def _is_pickle(path: Path) -> bool:

@@ -43,7 +43,7 @@ class Header:
     """The head of one file: where its metadata's bytes lie, and of small values what they say and where.
 
     ``values``: key → number, string or tuple; what is large (a vocabulary) is missing. ``places``: key → (KV type,
-    offset of the value in the file). ``offsets``: where each tensor's data begin.
+    offset of the value in the file). ``offsets``: where each tensor's data begin; ``types``: what it is stored as.
     """
 
     path: Path
@@ -53,6 +53,7 @@ class Header:
     values: Mapping[str, Value]
     places: Mapping[str, tuple[int, int]]
     offsets: Mapping[str, int]
+    types: Mapping[str, str]
 
     @property
     def alignment(self) -> int:
@@ -171,14 +172,15 @@ class _Parser:
         if not isinstance(values.get("general.architecture"), str) and "split.no" not in values:
             raise self._bad("it has no general.architecture, so nobody could run it")
         end = self._at
-        header = Header(self._path, version, count, Span(self._path, begin, end - begin), values, places, {})
+        header = Header(self._path, version, count, Span(self._path, begin, end - begin), values, places, {}, {})
         alignment = values.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._bad(f"general.alignment is {alignment!r}, not a power of two")
         infos, offsets = self._tensors(tensors)
         data = -(-self._at // alignment) * alignment
         self._check_data(infos, offsets, data, alignment)
-        return replace(header, offsets={name: data + at for name, at in offsets.items()}), infos
+        types = {name: info.dtype for name, info in infos.items()}
+        return replace(header, offsets={name: data + at for name, at in offsets.items()}, types=types), infos
 
     def _tensors(self, count: int) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         infos: dict[str, TensorInfo] = {}
@@ -294,16 +296,25 @@ class _Parser:
         return InputError(f"{self._path} is not a complete GGUF file: {why}. Download or convert it again.")
 
 
-def lay_out(checkpoint: Checkpoint, *, dtypes: Mapping[str, str] | None = None, file: str | None = None) -> list[File]:
+def lay_out(
+    checkpoint: Checkpoint,
+    *,
+    dtypes: Mapping[str, str] | None = None,
+    file: str | None = None,
+    file_type: int | None = None,
+) -> list[File]:
     """The files of a GGUF output: each with the base's metadata, byte for byte, and tensors in the base's order.
 
     ``dtypes``: which tensors change their stored type. general.file_type is corrected in place where it has become
-    false, as is the number of tensors of a split. ``file`` names the output, or with a split its beginning.
+    false (to ``file_type``, or to what most of the weights are), as is the number of tensors of a split. ``file``
+    names the output, or with a split its beginning.
     """
     headers: Mapping[str, Header] = checkpoint.metadata["gguf"]
     now = {name: replace(info, dtype=(dtypes or {}).get(name, info.dtype)) for name, info in checkpoint.tensors.items()}
     patches = {"split.tensors.count": len(now)}
-    kind = _file_type(now) if dtypes else None
+    before = {name: kind for header in headers.values() for name, kind in header.types.items()}
+    changed = any(before.get(name) != info.dtype for name, info in now.items())
+    kind = file_type if file_type is not None else _file_type(now) if changed else None
     if kind is not None:
         patches["general.file_type"] = kind
     files = []

@@ -156,6 +156,11 @@ class Dialect:
                 return replace(place, name=f"{stem}.{fused}", slice=slices[leaf])
         return place
 
+    def heads_of(self, name: str) -> int:
+        """Within how many heads the rows of a GGUF module are interleaved; 0: they are as in the HF model."""
+        number = next(iter(_NUMBER.findall(name)), None)
+        return self._heads(name, int(number) if number else None)
+
     def _heads(self, template: str, block: int | None) -> int:
         leaf = template.rpartition(".")[2]
         if not self.permutes or leaf not in ("attn_q", "attn_k"):
@@ -265,8 +270,7 @@ class Dialect:
         expert = update.part[0] // out if update.part else None
         spelled = [name.format(expert) for name in names]
         module = next((n for n in spelled if f"{n}.weight" in known or f"model.{n}.weight" in known), spelled[0])
-        number = next(iter(_NUMBER.findall(update.module)), None)
-        heads = self._heads(update.module, int(number) if number else None)
+        heads = self.heads_of(update.module)
         leaf = update.module.rpartition(".")[2]
         update = replace(update, part=None, told=False, transposed=leaf in self.facts.get("transposed", ()))
         moved = _reordered(update, inverse(row_order(out, heads))) if heads else update

@@ -1,0 +1,225 @@
+"""A Hugging Face model in the shape of a GGUF file: a template's metadata, vocabulary and vectors, its own matrices.
+
+With it a GGUF in full precision needs no converter of our own: whatever is hard to get right (tokenizer, hyper-
+parameters, special tensors) is copied from a file that llama.cpp's converter made of the same model, maybe a quantised
+one, and every matrix is compared with the template's before it takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint, Span, TensorInfo, blocks, same, single_threaded
+from .dtypes import DTYPES
+from .errors import FitError, UnsupportedError, UsageError
+from .names.gguf import EMBEDDING, HEAD, Place, of_gguf, row_order
+
+if TYPE_CHECKING:
+    import torch
+
+_SAMPLE = 1 << 17  # elements of each matrix that are compared with the template's
+_ALIKE, _DOUBTFUL = 0.8, 0.9  # 4-bit types give 0.995, 2-bit ones about 0.95; another row order 0.05
+# parts of a multimodal model that llama.cpp keeps in a file of their own (mmproj)
+_ELSEWHERE = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "audio_tower.", "embed_audio.")
+_UNUSED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers that older models saved
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows of a GGUF matrix that are one HF matrix: from ``first`` on, in another order, or its columns."""
+
+    name: str
+    first: int
+    rows: int
+    order: tuple[int, ...] = ()
+    turned: bool = False
+
+
+class Templated:
+    """The checkpoint: names, order and metadata of the template; see the module. ``notes`` are for the user.
+
+    Raises FitError and UnsupportedError where the two are not of one model.
+    """
+
+    def __init__(self, template: Checkpoint, base: Checkpoint) -> None:
+        if "gguf" not in template.metadata or "gguf" in base.metadata:
+            raise UsageError("--like takes a GGUF file, and --base then the Hugging Face model that it was made of.")
+        self._template, self._base = template, base
+        self._dialect = of_gguf(template)
+        self.notes: list[str] = []
+        self._pieces = dict(self._placed())
+        self.metadata: Mapping[str, Any] = template.metadata
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, info in template.tensors.items():
+            if name in self._pieces and info.dtype != "F32":
+                dtype = base.tensors[self._pieces[name][0].name].dtype
+                if not (DTYPES[dtype].floating and DTYPES[dtype].ggml >= 0):
+                    raise UnsupportedError(
+                        f"{self._pieces[name][0].name} is stored as {dtype}; give the base in BF16, F16 or F32."
+                    )
+                info = replace(info, dtype=dtype, width=0)
+            self.tensors[name] = info
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See Checkpoint."""
+        import torch
+
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self._template.read(name, start, stop, out)
+        info = self.tensors[name]
+        stop = info.rows if stop is None else stop
+        rows = torch.empty(stop - start, info.width) if out is None else out
+        for piece in pieces:
+            first, last = max(start, piece.first), min(stop, piece.first + piece.rows)
+            if first < last:
+                self._read(piece, first - piece.first, last - piece.first, rows[first - start : last - start])
+        return rows
+
+    def _read(self, piece: _Piece, first: int, last: int, out: torch.Tensor) -> None:
+        if piece.turned:
+            out.copy_(self._base.read(piece.name).T[first:last])
+        elif piece.order:
+            wanted = piece.order[first:last]
+            low = min(wanted)
+            near = self._base.read(piece.name, low, max(wanted) + 1)
+            out.copy_(near[[at - low for at in wanted]])
+        else:
+            self._base.read(piece.name, first, last, out)
+
+    def span(self, name: str) -> Span | None:
+        pieces = self._pieces.get(name)
+        if pieces is None:
+            return self._template.span(name)
+        piece, info = pieces[0], self.tensors[name]
+        whole = len(pieces) == 1 and not piece.order and not piece.turned
+        same_type = whole and self._base.tensors[piece.name].dtype == info.dtype
+        span = self._base.span(piece.name) if same_type else None
+        return replace(span, length=info.nbytes) if span is not None else None
+
+    def _placed(self) -> Iterator[tuple[str, list[_Piece]]]:
+        """Which HF tensors make up each matrix. Raises FitError for any that is missing, left over or of other size."""
+        dialect, found = self._dialect, dict[str, dict[tuple[int, str], tuple[str, Place]]]()
+        lost, elsewhere = [], 0
+        for name, info in self._base.tensors.items():
+            module, _, parameter = name.rpartition(".")
+            place = dialect.place(module)
+            if place is None and any(part in f".{name}" for part in (f".{p}" for p in _ELSEWHERE)):
+                elsewhere += 1
+            elif place is None:
+                lost += [name] if not name.endswith(_UNUSED) else []
+            elif parameter == "weight" and len(info.shape) > 1:
+                key = (place.expert or 0, place.slice)
+                target = f"{place.name}.weight"
+                if key in found.setdefault(target, {}):
+                    raise FitError(f"{name} and {found[target][key][0]} of the base are both {target} in the GGUF.")
+                found[target][key] = (name, place)
+            elif f"{place.name}.{parameter}" not in self._template.tensors and not place.slice:
+                lost.append(name)
+        self._check_ties(found)
+        lost += [sources[key][0] for name, sources in found.items() for key in sources
+                 if name not in self._template.tensors]  # fmt: skip
+        if lost:
+            raise FitError(
+                f"{len(lost)} tensors of the base have no place in the template: {', '.join(lost[:3])}"
+                f"{', …' if len(lost) > 3 else ''}. Is it a GGUF of the same model?"
+            )
+        if elsewhere:
+            self.notes.append(f"{elsewhere} tensors of the base's vision or audio part are in llama.cpp's mmproj file.")
+        for name, info in self._template.tensors.items():
+            if name in found:
+                yield name, list(self._pieces_of(name, info, list(found[name].values())))
+            elif len(info.shape) > 1 and info.dtype != "F32":
+                raise FitError(
+                    f"{name} of the template is stored as {info.dtype}, and the base has nothing that it could be. Is "
+                    "it a GGUF of the same model?"
+                )
+
+    def _check_ties(self, found: dict[str, dict[tuple[int, str], tuple[str, Place]]]) -> None:
+        embedding, head = found.get(EMBEDDING), found.get(HEAD)
+        if HEAD in self._template.tensors and head is None and embedding is not None:
+            found[HEAD] = dict(embedding)
+        elif HEAD not in self._template.tensors and head is not None and embedding is not None:
+            (one, _), (other, _) = (next(iter(sources.values())) for sources in (embedding, head))
+            if not same(self._base, one, self._base, other):
+                raise FitError(
+                    f"The base has a head of its own ({other}), and the template's is its embedding. Is it a GGUF of "
+                    "the same model?"
+                )
+            del found[HEAD]
+
+    def _pieces_of(self, name: str, info: TensorInfo, sources: list[tuple[str, Place]]) -> Iterator[_Piece]:
+        filled, leaf = 0, name.removesuffix(".weight").rpartition(".")[2]
+        turned = leaf in self._dialect.facts.get("transposed", ())
+        for source, place in sources:
+            shape = self._base.tensors[source].shape
+            rows, width = (shape[0], prod(shape[1:]))[:: -1 if turned else 1]
+            if name in (EMBEDDING, HEAD) and rows > info.rows:
+                self.notes.append(f"{name}: the template has {info.rows} of the base's {rows} rows, as converted.")
+                rows = info.rows
+            part = self._dialect.part(place, rows)
+            if width != info.width or (part and part[1] > info.rows):
+                raise FitError(
+                    f"{source} has shape {list(shape)}, and {name} of the template {list(info.shape)}. Is it a GGUF of "
+                    "the same model?"
+                )
+            order = tuple(row_order(rows, place.heads)) if place.heads else ()
+            yield _Piece(source, part[0] if part else 0, rows, order, turned)
+            filled += rows
+        if filled != info.rows:
+            raise FitError(
+                f"{name} of the template has {info.rows} rows, of which the base's {sources[0][0]} … give {filled}. Is "
+                "it a GGUF of the same model?"
+            )
+
+    def check(self, threads: int) -> None:
+        """Compare a sample of every matrix with the template's. Raises FitError where they are not one model's.
+
+        Of a matrix whose rows are in another order, the HF order must fit worse.
+        """
+        items = [name for name in self._pieces if self._template.tensors[name].dtype in DTYPES]
+        worst, least = "", 2.0
+        for name, (cosine, other) in blocks(items, self._cosines, threads):
+            if other > cosine + 0.1:
+                raise FitError(
+                    f"{name}: the template has its rows in the order of the Hugging Face model (cosine {other:.3f}, "
+                    f"in llama.cpp's order {cosine:.3f}), which llama.cpp's converter does not write. Take another "
+                    "template."
+                )
+            if cosine < _ALIKE:
+                raise FitError(
+                    f"{name} of the template is not the base's (cosine {cosine:.3f} where at least {_ALIKE} is "
+                    "expected, even of 2 bits). Is it a GGUF of the same model?"
+                )
+            worst, least = (name, cosine) if cosine < least else (worst, least)
+        if least < _DOUBTFUL:
+            self.notes.append(f"The template's {worst} is only roughly the base's (cosine {least:.3f}).")
+
+    def _cosines(self, name: str) -> tuple[float, float]:
+        """cos(HF rows in GGUF's order, template's rows) on a sample; and in HF's order, where those differ."""
+        single_threaded()
+        import torch
+
+        info = self._template.tensors[name]
+        if not DTYPES[info.dtype].floating:
+            raise UnsupportedError(f"{name} of the template is stored as {info.dtype}, which cannot be decoded.")
+        count = max(1, min(info.rows, _SAMPLE // info.width))
+        first = (info.rows - count) // 2
+        theirs = self._template.read(name, first, first + count)
+
+        def cosine(ours: torch.Tensor) -> float:
+            return float(torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))
+
+        pieces = self._pieces[name]
+        if not any(piece.order for piece in pieces):
+            return cosine(self.read(name, first, first + count)), -1.0
+        plain = torch.empty_like(theirs)
+        for piece in pieces:
+            a, b = max(first, piece.first), min(first + count, piece.first + piece.rows)
+            if a < b:
+                unordered = replace(piece, order=())
+                self._read(unordered, a - piece.first, b - piece.first, plain[a - first : b - first])
+        return cosine(self.read(name, first, first + count)), cosine(plain)
