@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from .planning import into_its_own
 from .planning import plan_merge as plan_merge
 from .selftest import check_table
 from .summary import Summary, summarise
-from .write import Progress, check_room, check_target, write
+from .write import Progress, check_file, check_room, check_target, write
 
 if TYPE_CHECKING:
     from .merging import LazyTensors
@@ -46,20 +47,36 @@ if TYPE_CHECKING:
 
 
 def write_adapter(
-    adapter: Adapter, path: str | Path, format: str = "peft", force: bool = False, sources: Iterable[Path] = ()
+    adapter: Adapter,
+    path: str | Path,
+    format: str = "peft",
+    force: bool = False,
+    sources: Iterable[Path] = (),
+    *,
+    like: BaseLike | None = None,
+    arch: str | None = None,
 ) -> tuple[str, ...]:
     """Write an adapter as a directory of another tool; returns what its user must know.
 
-    Raises TargetError for what that format cannot hold, and UsageError for an output that is there or is a source.
+    ``path`` may name the file, where the format is one file. ``like`` and ``arch``: the model (HF or GGUF) or the GGUF
+    architecture that it is written for, where the format depends on that. Raises TargetError for what that format
+    cannot hold, and UsageError for an output that is there or is a source.
     """
     writer = formats.named(format).write
     if writer is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
-    written = writer(adapter)
-    files = lay_out(written.tensors, file=written.file)
+    written = writer(adapter, formats.Target(arch, cache(lambda: base_of(like)) if like is not None else None))
+    folder, name = Path(path), written.file
+    single = folder.suffix == Path(name).suffix == ".gguf"
+    if single:
+        folder, name = folder.parent, folder.name
+    files = lay_out(written.tensors, file=name)
     files += [File(name, (data,)) for name, data in written.documents.items()]
-    layout, folder = Layout(files), Path(path)
-    check_target(layout, folder, sources, force)
+    layout = Layout(files)
+    if single:
+        check_file(folder / name, sources, force)
+    else:
+        check_target(layout, folder, sources, force)
     check_room(layout, folder)
     write(written.tensors, layout, folder)
     return written.notes
@@ -86,12 +103,17 @@ def convert(
     given: Given | None = None,
     force: bool = False,
     base: BaseLike | None = None,
+    like: BaseLike | None = None,
+    arch: str | None = None,
 ) -> tuple[str, ...]:
     """An adapter in another tool's format; returns notes: what was unusual, left aside, or must be known to use it.
 
-    ``base``: the model it was trained on, for formats that leave the kind of a layer to it. Raises InputError for what
-    cannot be read and TargetError for what ``to`` cannot hold.
+    ``base``: the model it was trained on, for formats that leave the kind of a layer to it. ``like`` (a GGUF of that
+    model) or ``arch`` (its GGUF architecture): for whom a GGUF adapter is written; else ``base`` tells. Raises
+    InputError for what cannot be read and TargetError for what ``to`` cannot hold.
     """
+    if to != "gguf" and (like is not None or arch is not None):
+        raise UsageError("--like and --arch say for which model a GGUF adapter is written; they are for --to gguf.")
     check_table(format)
     check_table(to)
     reading, place = read(path, format, with_base(given, base))
@@ -106,7 +128,8 @@ def convert(
             f"The file holds the whole model, so {len(adapter.replaced)} tensors that may not have been trained are "
             "carried along; with --base, those that are as in the base are left out.",
         )
-    return (*adapter.notes, *left, *write_adapter(adapter, out, to, force, [place]))
+    model = like if like is not None else base
+    return (*adapter.notes, *left, *write_adapter(adapter, out, to, force, [place], like=model, arch=arch))
 
 
 def _beside(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, int]:

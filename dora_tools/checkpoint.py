@@ -122,7 +122,7 @@ class Ref:
         whole = self.scale == 1.0 or self.dtype in ("F32", "F64")
         # a power of two moves the exponent only, for which BF16 has as much room as F32
         shifted = self.dtype == "BF16" and abs(frexp(self.scale)[0]) == 0.5 and 2**-40 < abs(self.scale) < 2**40
-        return self.dtype if whole or shifted else "F32"
+        return self.dtype if (whole or shifted) and not DTYPES[self.dtype].quantised else "F32"
 
     @property
     def T(self) -> Ref:

@@ -22,7 +22,7 @@ from .opening import AdapterLike, BaseLike, Input, base_of, inputs_of, left_out_
 from .selftest import check_table
 from .storing import Storing
 from .templates import Templated
-from .write import Progress, check_room, check_target, write
+from .write import Progress, check_file, check_room, check_target, write
 
 if TYPE_CHECKING:
     from .merging import Merged
@@ -303,10 +303,8 @@ def plan_merge(
     if file is None:
         check_target(layout, folder, read_from, force)
     else:
-        for path in (folder / f.path for f in files if (folder / f.path).exists()):
-            if not force or any(path.samefile(p) for place in read_from for p in (place, *_files_in(place))):
-                why = "exists; --force replaces it" if not force else "is an input"
-                raise UsageError(f"{path} {why}. Choose another name.")
+        for written in files:
+            check_file(folder / written.path, read_from, force)
     options = {
         "dtype": dtype,
         "device": device,
@@ -347,10 +345,6 @@ def into_its_own(item: Input) -> Input:
         note = "The file was saved in eval mode, so its weights hold the update already; they are taken as they are."
         adapter = replace(adapter, updates=as_it_is, notes=(*adapter.notes, note))
     return replace(item, adapter=adapter)
-
-
-def _files_in(place: Path) -> list[Path]:
-    return [p for p in place.iterdir() if p.is_file()] if place.is_dir() else []
 
 
 def _named_base(base: BaseLike, place: Path | None, claimed: Sequence[str]) -> tuple[str, str | None]:

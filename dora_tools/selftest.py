@@ -11,7 +11,7 @@ from .adapter import Adapter
 from .binding import bind
 from .checkpoint import Checkpoint, Tensors, constant
 from .errors import DoraToolsError, InputError, TargetError
-from .formats import Example, Format, Given, named
+from .formats import Example, Format, Given, Target, named
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def check(format: Format, example: Example, name: str) -> None:
     _compare(reading.adapter, home, expected, f"{where}:")
     if format.write is not None:
         try:
-            written = format.write(reading.adapter)
+            written = format.write(reading.adapter, Target())
         except TargetError:
             return  # it holds more than the format can write
         config = {k: json.loads(v) for k, v in written.documents.items()}.get("adapter_config.json")

@@ -314,6 +314,8 @@ class _Worker:
         encode(values, dtype, raw[:size])
         if self._rounded is not None:
             self._rounded(name, item.first, item.last, values, raw[:size], dtype)
+        if self._check and DTYPES[dtype].quantised and not float(values.abs().max()) <= 65504:  # NaN is not, either
+            raise FitError(f"{name} holds NaN, Inf or values beyond the range of {dtype} (65504). Use --gguf-type f32.")
         narrower = DTYPES[info.dtype].nbytes > DTYPES[dtype].nbytes and DTYPES[dtype].torch
         if self._check and (dtype == "F16" or narrower):
             written = raw[:size].view(to_torch(dtype))
@@ -347,6 +349,19 @@ def check_room(layout: Layout, folder: Path) -> int:
             f"{folder} needs {human(layout.size)}, but {place} has {human(free)} free. Write to another disk."
         )
     return free
+
+
+def check_file(path: Path, inputs: Iterable[Path], force: bool) -> None:
+    """Refuse to write over an input, or over any other file without ``force``. Raises UsageError."""
+    if not path.exists():
+        return
+    if path.is_dir():
+        raise UsageError(f"{path} is a directory; the output is a file.")
+    for source in inputs:
+        if any(path.samefile(p) for p in ([source, *source.iterdir()] if source.is_dir() else [source])):
+            raise UsageError(f"{path} is an input. Choose another name.")
+    if not force:
+        raise UsageError(f"{path} exists; --force replaces it. Choose another name.")
 
 
 def check_target(layout: Layout, folder: Path, inputs: Iterable[Path], force: bool) -> None:

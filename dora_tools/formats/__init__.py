@@ -96,6 +96,14 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """The model that an adapter is written for, where a format depends on it: its GGUF architecture, and itself."""
+
+    architecture: str | None = None
+    base: Callable[[], Checkpoint] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Written:
     """What a writer wants on disk: tensors for one weight file of that name, small files beside it, what to know."""
 
@@ -131,7 +139,7 @@ class Format:
     about: str
     sniff: Callable[[Checkpoint], bool]
     read: Callable[[Checkpoint, Given], Reading]
-    write: Callable[[Adapter], Written] | None = None
+    write: Callable[[Adapter, Target], Written] | None = None
     unwraps: bool = False
     example: Example | None = None
 

@@ -19,7 +19,7 @@ from ..adapter import Adapter, LowRank, Magnitude, Replacement, Update
 from ..checkpoint import Checkpoint, Ref, Tensors, View, ref
 from ..errors import InputError, TargetError, UnsupportedError
 from ..names.patterns import ADAPTER_PART, compiled
-from . import Format, Given, Reading, Written
+from . import Format, Given, Reading, Target, Written
 
 _LEAVES = {
     "lora_A": "A",
@@ -406,7 +406,7 @@ def _check_magnitudes(config: Mapping[str, Any], updates: list[Update]) -> None:
         )
 
 
-def _write(adapter: Adapter) -> Written:
+def _write(adapter: Adapter, target: Target) -> Written:
     """PEFT's directory. Raises TargetError for what it cannot hold: an in-axis magnitude, a delta of another kind."""
     old: Mapping[str, Any] = adapter.extra.get("peft", {})
     refs: dict[str, Ref] = {}

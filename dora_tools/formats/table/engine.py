@@ -11,7 +11,7 @@ from ...adapter import Adapter, LowRank, Replacement, Unchanged
 from ...checkpoint import Checkpoint, Ref, Tensors, View, ref
 from ...errors import InputError, TargetError
 from ...names.ties import may_be_tied
-from .. import Format, Given, Reading, Written
+from .. import Format, Given, Reading, Target, Written
 from .keys import Module, Reader, check_axis, check_flags, check_present, new_names, once, refuse_leftovers, sort
 from .layouts import decide_orientation, decide_square, find_weights, measure
 from .scaling import rank_notes, told_scale
@@ -113,7 +113,7 @@ def _writable(table: Table, kind: str) -> Shape | None:
     return None
 
 
-def _write(table: Table, adapter: Adapter) -> Written:
+def _write(table: Table, adapter: Adapter, target: Target) -> Written:
     """The adapter under the table's keys. Raises TargetError for what the table has no key or no rule for."""
     rules = {rule.role: rule for rule in reversed(table.rules) if rule.write}
     refs: dict[str, Ref] = {}
