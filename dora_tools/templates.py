@@ -130,6 +130,10 @@ class Templated:
         if elsewhere:
             self.notes.append(f"{elsewhere} tensors of the base's vision or audio part are in llama.cpp's mmproj file.")
         for name, info in self._template.tensors.items():
+            if name in found and f"{name.removesuffix('weight')}scale" in self._template.tensors:
+                raise UnsupportedError(
+                    f"{name} of the template is stored with a scale of its own, as NVFP4 has it. Take another template."
+                )
             if name in found:
                 yield name, list(self._pieces_of(name, info, list(found[name].values())))
             elif len(info.shape) > 1 and info.dtype != "F32":

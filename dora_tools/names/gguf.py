@@ -204,6 +204,12 @@ class Dialect:
                 "the right base? If it is, merge into the Hugging Face model and convert that with "
                 "convert_hf_to_gguf.py."
             )
+        scaled = [p.name for p in (*places.values(), *owners.values()) if p and f"{p.name}.scale" in self.known]
+        if scaled:
+            raise UnsupportedError(
+                f"{scaled[0]}.weight is stored with a scale of its own ({scaled[0]}.scale, as NVFP4 has it), which a "
+                "merged weight could not keep. Merge into another GGUF of the model, or into its Hugging Face weights."
+            )
         updates = tuple(self._update(u, place) for u in adapter.updates if (place := places[u.module]))
         replaced = dict(
             self._replacement(name, adapter.replaced[name], place) for name, place in owners.items() if place
@@ -308,14 +314,15 @@ def of_gguf(checkpoint: Checkpoint) -> Dialect:
 def of_config(config: Mapping[str, Any], architecture: str | None = None) -> Dialect:
     """The dialect that llama.cpp's converter gives a Hugging Face model. Raises TargetError if it is not known."""
     text = config.get("text_config")
-    config = {**config, **text} if isinstance(text, Mapping) else config
-    model_type = config.get("model_type")
+    inner: Mapping[str, Any] = text if isinstance(text, Mapping) else {}
+    types = [c.get("model_type") for c in (config, inner)]  # of a multimodal model the whole's type is the closer one
+    config = {**config, **inner}
     if architecture is None:
         rows = _table()["architectures"].items()
-        architecture = next((name for name, row in rows if model_type in row["model_types"]), None)
+        architecture = next((name for kind in types for name, row in rows if kind in row["model_types"]), None)
     if architecture is None:
         raise TargetError(
-            f"Of models of type '{model_type}' the GGUF layout is not known here. Known GGUF architectures: "
+            f"Of models of type '{types[0]}' the GGUF layout is not known here. Known GGUF architectures: "
             f"{', '.join(architectures())}. For others: merge into the model and convert that with llama.cpp's "
             "convert_hf_to_gguf.py."
         )
