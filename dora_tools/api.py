@@ -22,6 +22,7 @@ from .names.ties import may_be_tied
 from .opening import (
     AdapterLike,
     BaseLike,
+    adapter_home,
     base_of,
     inputs_of,
     left_out_notes,
@@ -37,7 +38,7 @@ from .planning import MergePlan as MergePlan
 from .planning import into_its_own
 from .planning import plan_merge as plan_merge
 from .selftest import check_table
-from .summary import Summary, summarise
+from .summary import ModelSummary, Summary, summarise, summarise_model
 from .write import Progress, check_file, check_room, check_target, write
 
 if TYPE_CHECKING:
@@ -158,17 +159,28 @@ def inspect(
     stats: bool = False,
     format: str | None = None,
     given: Given | None = None,
-) -> Summary:
-    """What is in an adapter.
+) -> Summary | ModelSummary:
+    """What is in an adapter, or in a GGUF model.
 
     With ``base``, also where each module goes, refused as a merge would be; ``stats`` reads the values.
     """
+    place = adapter_home(hub.resolve(path, "adapter"))
+    opened = containers.open_checkpoint(place)
+    if format is None and _is_model(opened):
+        if base is not None or stats:
+            raise UsageError(f"{path} is a GGUF model, not an adapter; --base, --stats and --plot are for adapters.")
+        return summarise_model(opened, str(path))
     reading, _ = read(path, format, with_base(given, base))
     placed: dict[str, str] = {}
     if base is not None:
         binding = bind([(reading.adapter, 1.0)], base_of(base))
         placed = {b.module: name for name, bounds in binding.bound.items() for b in bounds if name.endswith("weight")}
     return summarise(reading.adapter, str(path), reading.left_out, stats, placed)
+
+
+def _is_model(checkpoint: Checkpoint) -> bool:
+    headers = checkpoint.metadata.get("gguf") or {}
+    return any(header.values.get("general.type") != "adapter" for header in headers.values())
 
 
 def suggest_format(path: str | Path) -> str:

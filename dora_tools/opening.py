@@ -43,11 +43,11 @@ def read_adapter(path: str | Path, format: str | None = None, given: Given | Non
 
 
 def read(path: str | Path, format: str | None = None, given: Given | None = None) -> tuple[formats.Reading, Path]:
-    place = _adapter_home(hub.resolve(path, "adapter"))
+    place = adapter_home(hub.resolve(path, "adapter"))
     return formats.read(containers.open_checkpoint(place), str(path), format, given), place
 
 
-def _adapter_home(path: Path) -> Path:
+def adapter_home(path: Path) -> Path:
     """``path``, or its one subdirectory that holds an adapter: PEFT saves those of another name than default there."""
     names = ("adapter_config.json", *containers.ADAPTER_FILES)
     if not path.is_dir() or any((path / name).exists() for name in names):

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter, LowRank, Update
-from .errors import ResourceError, UsageError
+from .checkpoint import Checkpoint
+from .errors import ResourceError, UnsupportedError, UsageError
+from .layout import human
+from .names.gguf import HEAD, of_gguf
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -110,6 +113,82 @@ class Summary:
         except ValueError as error:
             raise UsageError(f"{path} cannot be drawn: {error}") from error
         pyplot.close(figure)
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A GGUF model described by its header: ``types`` is stored type → (tensors, elements, bytes).
+
+    ``layout``: what an adapter's rows go through to fit, or why none can be merged.
+    """
+
+    path: str
+    architecture: str
+    name: str | None
+    files: int
+    tensors: int
+    parameters: int
+    nbytes: int
+    types: Mapping[str, tuple[int, int, int]]
+    settings: Mapping[str, Any]
+    tied: bool
+    layout: str
+    schema: str = field(default="dora-tools/inspect-model/1")
+
+    def as_json(self) -> dict[str, Any]:
+        """The versioned schema of ``--json``."""
+        return {"schema": self.schema, **{k: v for k, v in asdict(self).items() if k != "schema"}}
+
+    def table(self) -> Iterator[RenderableType]:
+        """For people: a headline, the stored types, then settings."""
+        from rich.table import Table
+
+        yield (
+            f"GGUF model, architecture {self.architecture}{f', {self.name}' if self.name else ''}: {self.tensors} "
+            f"tensors, {self.parameters:,} parameters, {human(self.nbytes)} in {self.files} file(s)"
+        )
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for head in ("type", "tensors", "parameters", "bytes"):
+            table.add_column(head, justify="left" if head == "type" else "right")
+        for kind, (count, elements, size) in self.types.items():
+            table.add_row(kind, str(count), f"{elements:,}", human(size))
+        yield table
+        yield ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        yield "The head is the embedding (tied)." if self.tied else "The head has a tensor of its own."
+        yield self.layout
+
+
+def summarise_model(checkpoint: Checkpoint, path: str) -> ModelSummary:
+    """Describe a GGUF model by names, shapes and metadata."""
+    headers = checkpoint.metadata["gguf"]
+    values: Mapping[str, Any] = next(iter(headers.values())).values
+    types: dict[str, tuple[int, int, int]] = {}
+    for info in checkpoint.tensors.values():
+        count, elements, size = types.get(info.dtype, (0, 0, 0))
+        types[info.dtype] = count + 1, elements + info.numel, size + info.nbytes
+    architecture = str(values.get("general.architecture"))
+    try:
+        permutes = of_gguf(checkpoint).permutes
+        layout = "Adapters can be merged" + (": the rows of q and k are reordered within each head." * permutes or ".")
+    except UnsupportedError as error:
+        layout = str(error)
+    wanted = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count",
+              "attention.head_count_kv", "expert_count", "context_length", "vocab_size")  # fmt: skip
+    found = {key: values[f"{architecture}.{key}"] for key in wanted if f"{architecture}.{key}" in values}
+    name = values.get("general.name")
+    return ModelSummary(
+        path,
+        architecture,
+        name if isinstance(name, str) else None,
+        len(headers),
+        len(checkpoint.tensors),
+        sum(elements for _, elements, _ in types.values()),
+        sum(size for _, _, size in types.values()),
+        dict(sorted(types.items(), key=lambda item: -item[1][2])),
+        found,
+        HEAD not in checkpoint.tensors,
+        layout,
+    )
 
 
 def summarise(

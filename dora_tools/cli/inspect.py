@@ -33,12 +33,13 @@ def command(
     Only names and shapes are read, unless --stats or --plot asks for values.
     """
     from .. import api
+    from ..summary import Summary
 
     if suggest_format:
         click.echo(api.suggest_format(path))
         return
     summary = api.inspect(path, base, stats or plot is not None, format, given)
-    if plot is not None:
+    if plot is not None and isinstance(summary, Summary):
         summary.plot(plot)
     if as_json:
         import json
@@ -50,5 +51,5 @@ def command(
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for part in summary.table():
         console.print(part)
-    if base is not None:
+    if base is not None and isinstance(summary, Summary):
         console.print(f"All {len(summary.modules)} modules have their place in {base}.")

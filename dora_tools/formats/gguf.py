@@ -54,8 +54,24 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     known = base.tensors if base is not None and "gguf" not in base.metadata else None
     url = values.get("general.base_model.0.repo_url")
     origin = url.removeprefix(_HUB) if isinstance(url, str) and url.startswith(_HUB) else None
-    adapter = dialect.back(Adapter(tuple(found), base_model=origin, format="gguf"), known)
-    return Reading(adapter)
+    stored = Adapter(tuple(found), base_model=origin, format="gguf")
+    try:
+        return Reading(dialect.back(stored, known))
+    except InputError as error:  # nobody said how many heads there are: names and shapes can be shown all the same
+        doubt = str(error)
+        unordered = dialect.back(stored, known, reorder=False)
+        updates = tuple(replace(u, delta=_withheld(u, doubt)) for u in unordered.updates)
+        return Reading(replace(unordered, updates=updates, notes=(doubt,)), doubt=doubt)
+
+
+def _withheld(update: Update, why: str) -> LowRank:
+    """An update whose values cannot be had, as nobody knows the order of its rows."""
+
+    def fetch() -> torch.Tensor:
+        raise InputError(why)
+
+    delta = _low(update)
+    return replace(delta, lora_B=replace(delta.lora_B, fetch=fetch, origin=None))
 
 
 def _dialect(values: Mapping[str, Any], given: Given) -> Dialect:

@@ -261,14 +261,15 @@ class Dialect:
         for spelling in self.spellings.get(_NUMBER.sub("{}", name), ()):
             yield spelling.format(*numbers, *["{}"] * (spelling.count("{}") - len(numbers)))
 
-    def back(self, adapter: Adapter, known: Mapping[str, TensorInfo] | None = None) -> Adapter:
+    def back(self, adapter: Adapter, known: Mapping[str, TensorInfo] | None = None, reorder: bool = True) -> Adapter:
         """An adapter with GGUF names as one of the HF model; of several names one in ``known``, else the usual one.
 
-        Raises FitError for names that the architecture does not have.
+        Without ``reorder`` the rows stay as they are. Raises FitError for names that the architecture does not have,
+        and InputError where it is not known how many heads there are.
         """
-        return replace(adapter, updates=tuple(self._update_back(u, known or {}) for u in adapter.updates))
+        return replace(adapter, updates=tuple(self._update_back(u, known or {}, reorder) for u in adapter.updates))
 
-    def _update_back(self, update: Update, known: Mapping[str, TensorInfo]) -> Update:
+    def _update_back(self, update: Update, known: Mapping[str, TensorInfo], reorder: bool) -> Update:
         names = list(self.names(update.module))
         if not names:
             raise FitError(f"{update.module} is no tensor of a GGUF model of architecture '{self.architecture}'.")
@@ -276,7 +277,7 @@ class Dialect:
         expert = update.part[0] // out if update.part else None
         spelled = [name.format(expert) for name in names]
         module = next((n for n in spelled if f"{n}.weight" in known or f"model.{n}.weight" in known), spelled[0])
-        heads = self.heads_of(update.module)
+        heads = self.heads_of(update.module) if reorder else 0
         leaf = update.module.rpartition(".")[2]
         update = replace(update, part=None, told=False, transposed=leaf in self.facts.get("transposed", ()))
         moved = _reordered(update, inverse(row_order(out, heads))) if heads else update
