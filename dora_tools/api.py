@@ -24,6 +24,7 @@ from .opening import (
     BaseLike,
     adapter_home,
     base_of,
+    hf_base,
     inputs_of,
     left_out_notes,
     opened,
@@ -365,8 +366,8 @@ def extract(
 
     rule = Ranks(**ranks)
     return operation.extract(
-        base_of(base),
-        base_of(tuned),
+        hf_base(base),
+        hf_base(tuned),
         rule,
         dora=dora,
         save_rest=save_rest,

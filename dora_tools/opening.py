@@ -19,6 +19,7 @@ from .errors import InputError, ResourceError, UsageError
 from .formats import Given
 from .names.patterns import ADAPTER_KEY
 from .selftest import check_table
+from .templates import Unpacked
 
 AdapterLike = Adapter | str | Path
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ def base_of(base: BaseLike) -> Checkpoint:
     return checkpoint
 
 
+def hf_base(base: BaseLike) -> Checkpoint:
+    """A base with HF names: of a GGUF one the matrices, dequantised."""
+    checkpoint = base_of(base)
+    return Unpacked(checkpoint) if "gguf" in checkpoint.metadata else checkpoint
+
+
 def inputs_of(
     adapter: AdapterLike | Sequence[AdapterLike],
     strength: float | Sequence[float],
@@ -128,7 +135,7 @@ def opened(
     inputs = inputs_of(adapters, 1.0, format, with_base(given, base))
     found = [i.adapter for i in inputs]
     if base is not None or not needed:
-        return found, None if base is None else base_of(base)
+        return found, None if base is None else hf_base(base)
     own, names = [i.base for i in inputs if i.base is not None], {a.base_model for a in found if a.base_model}
     if own:
         raise UsageError("The file holds its own base; give that with --base, as a model of its own, for now.")
@@ -136,7 +143,7 @@ def opened(
         raise UsageError("The adapter does not name its base model; give it with --base.")
     name = names.pop()
     try:
-        return found, base_of(name)
+        return found, hf_base(name)
     except (InputError, ResourceError) as error:
         raise type(error)(f"{error} That is the base which the adapter names; say where it is with --base.") from error
 

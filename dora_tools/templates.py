@@ -1,4 +1,6 @@
-"""A Hugging Face model in the shape of a GGUF file: a template's metadata, vocabulary and vectors, its own matrices.
+"""A Hugging Face model in the shape of a GGUF file, and a GGUF model in the shape of a Hugging Face one.
+
+The first is a template's metadata, vocabulary and vectors, with matrices of the model's own.
 
 With it a GGUF in full precision needs no converter of our own: whatever is hard to get right (tokenizer, hyper-
 parameters, special tensors) is copied from a file that llama.cpp's converter made of the same model, maybe a quantised
@@ -7,7 +9,7 @@ one, and every matrix is compared with the template's before it takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint, Span, TensorInfo, blocks, same, single_threaded
 from .dtypes import DTYPES
 from .errors import FitError, UnsupportedError, UsageError
-from .names.gguf import EMBEDDING, HEAD, Place, of_gguf, row_order
+from .names.gguf import EMBEDDING, HEAD, Place, inverse, of_gguf, row_order
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +31,49 @@ _UNUSED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")  # buffers 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows of a GGUF matrix that are one HF matrix: from ``first`` on, in another order, or its columns."""
+    """``rows`` of a matrix from ``first`` on, which are those of a stored one from ``at`` on, or in another order.
+
+    ``turned``: they are its columns.
+    """
 
     name: str
     first: int
     rows: int
     order: tuple[int, ...] = ()
     turned: bool = False
+    at: int = 0
+
+    def read(self, source: Checkpoint, first: int, last: int, out: torch.Tensor) -> None:
+        """The rows [first, last) of the piece into ``out``."""
+        if self.turned:
+            out.copy_(source.read(self.name).T[first:last])
+        elif self.order:
+            wanted = self.order[first:last]
+            low = min(wanted)
+            near = source.read(self.name, self.at + low, self.at + max(wanted) + 1)
+            out.copy_(near[[row - low for row in wanted]])
+        else:
+            source.read(self.name, self.at + first, self.at + last, out)
+
+
+def _read(
+    pieces: Sequence[_Piece],
+    source: Checkpoint,
+    info: TensorInfo,
+    start: int,
+    stop: int | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Rows [start, stop) of a matrix that is put together of ``pieces``."""
+    import torch
+
+    stop = info.rows if stop is None else stop
+    rows = torch.empty(stop - start, info.width) if out is None else out
+    for piece in pieces:
+        first, last = max(start, piece.first), min(stop, piece.first + piece.rows)
+        if first < last:
+            piece.read(source, first - piece.first, last - piece.first, rows[first - start : last - start])
+    return rows
 
 
 class Templated:
@@ -65,30 +103,10 @@ class Templated:
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """See Checkpoint."""
-        import torch
-
         pieces = self._pieces.get(name)
         if pieces is None:
             return self._template.read(name, start, stop, out)
-        info = self.tensors[name]
-        stop = info.rows if stop is None else stop
-        rows = torch.empty(stop - start, info.width) if out is None else out
-        for piece in pieces:
-            first, last = max(start, piece.first), min(stop, piece.first + piece.rows)
-            if first < last:
-                self._read(piece, first - piece.first, last - piece.first, rows[first - start : last - start])
-        return rows
-
-    def _read(self, piece: _Piece, first: int, last: int, out: torch.Tensor) -> None:
-        if piece.turned:
-            out.copy_(self._base.read(piece.name).T[first:last])
-        elif piece.order:
-            wanted = piece.order[first:last]
-            low = min(wanted)
-            near = self._base.read(piece.name, low, max(wanted) + 1)
-            out.copy_(near[[at - low for at in wanted]])
-        else:
-            self._base.read(piece.name, first, last, out)
+        return _read(pieces, self._base, self.tensors[name], start, stop, out)
 
     def span(self, name: str) -> Span | None:
         pieces = self._pieces.get(name)
@@ -220,10 +238,37 @@ class Templated:
         pieces = self._pieces[name]
         if not any(piece.order for piece in pieces):
             return cosine(self.read(name, first, first + count)), -1.0
-        plain = torch.empty_like(theirs)
-        for piece in pieces:
-            a, b = max(first, piece.first), min(first + count, piece.first + piece.rows)
-            if a < b:
-                unordered = replace(piece, order=())
-                self._read(unordered, a - piece.first, b - piece.first, plain[a - first : b - first])
+        unordered = [replace(piece, order=()) for piece in pieces]
+        plain = _read(unordered, self._base, self.tensors[name], first, first + count, None)
         return cosine(self.read(name, first, first + count)), cosine(plain)
+
+
+class Unpacked:
+    """The other way round: the matrices of a GGUF model under HF names, with HF's order of rows, dequantised."""
+
+    def __init__(self, model: Checkpoint) -> None:
+        self._model, dialect = model, of_gguf(model)
+        self.metadata: Mapping[str, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._pieces: dict[str, _Piece] = {}
+        for name, info in model.tensors.items():
+            module, _, parameter = name.rpartition(".")
+            spelling = next(dialect.names(module), None)
+            if parameter != "weight" or len(info.shape) < 2 or spelling is None:
+                continue
+            turned = module.rpartition(".")[2] in dialect.facts.get("transposed", ())
+            rows = info.shape[-2]
+            heads = dialect.heads_of(module)
+            order = tuple(inverse(row_order(rows, heads))) if heads else ()
+            for number in range(info.rows // rows):
+                hf = f"{spelling.format(number)}.weight"
+                shape = info.shape[-2:][:: -1 if turned else 1]
+                self.tensors[hf] = TensorInfo("F32" if turned else info.dtype, shape)
+                self._pieces[hf] = _Piece(name, 0, shape[0], order, turned, number * rows)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See Checkpoint."""
+        return _read([self._pieces[name]], self._model, self.tensors[name], start, stop, out)
+
+    def span(self, name: str) -> Span | None:
+        return None
