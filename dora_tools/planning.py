@@ -47,6 +47,11 @@ class MergePlan:
     storing: Storing | None = None  # of a GGUF
 
     @property
+    def target(self) -> Path:
+        """What the user named: the directory, or the file."""
+        return self.out if self.with_card else self.out / self.layout.files[0].path
+
+    @property
     def files(self) -> list[str]:
         """The names of everything that is written."""
         return [*(file.path for file in self.layout.files), *([companions.MANIFEST] if self.with_card else [])]

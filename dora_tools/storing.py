@@ -94,11 +94,13 @@ class Storing:
         if total is None or total.gain is None or self.allow_loss:
             return
         if not _KEPT_AT_LEAST <= total.gain <= _KEPT_AT_MOST:
+            tensors = self.binding.base.tensors
+            again = any(DTYPES[tensors[name].dtype].quantised for name in self.binding.bound)
+            better = "merge from the full-precision model (--base HF_DIR --like GGUF), " if again else ""
             raise TargetError(
                 f"Stored like this (--gguf-type {self.choice}), {total.gain:.0%} of the adapter would be left in the "
-                f"weights, with an error of {total.error:.2f} times its size: rounding to these types undoes it. Leave "
-                "--gguf-type out (Q8_0), merge from the full-precision model (--base HF_DIR --like GGUF), or insist "
-                "with --allow-loss. Nothing was written."
+                f"weights, with an error of {total.error:.2f} times its size: rounding to these types undoes it. "
+                f"Choose a wider type (q8_0, f16), {better}or insist with --allow-loss. Nothing was written."
             )
 
     def report(self) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _print_storing(storing: Storing, console: Console, every: bool) -> None:
 def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float) -> dict[str, Any]:
     report: dict[str, Any] = {
         "schema": "dora-tools/merge/1",
-        "out": str(plan.out),
+        "out": str(plan.target),
         "dry_run": dry_run,
         "tensors": {kind: {"count": count, "bytes": size} for kind, (count, size) in plan.counts().items()},
         "bytes": plan.layout.size,
@@ -163,8 +163,8 @@ def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float
         console.print(f"note: {zeros} rows have no direction (norm 0) and were left as W + s·BA.")
     if dry_run:
         console.print(
-            f"Would write {human(plan.layout.size)} in {len(plan.files)} files to {plan.out} "
+            f"Would write {human(plan.layout.size)} in {len(plan.files)} files to {plan.target} "
             f"({human(plan.free)} free), with about {human(plan.memory)} of memory above torch itself."
         )
     else:
-        console.print(f"Wrote {human(plan.layout.size)} to {plan.out} in {seconds:.1f} s.")
+        console.print(f"Wrote {human(plan.layout.size)} to {plan.target} in {seconds:.1f} s.")
