@@ -1,7 +1,7 @@
 """``python -m benchmarks gguf``: merges into a real GGUF beside ``cp`` and llama-export-lora, and what each type keeps.
 
-The model is SmolLM2-135M-Instruct in Q4_1 (from PyPI); the adapters are those in fixtures/, which were trained on a short
-text. Perplexities are llama.cpp's on the beginning of that text, so that an adapter which was rounded away shows.
+The model is SmolLM2-135M-Instruct in Q4_1 (from PyPI); the adapters are those in fixtures/, which were trained on a
+short text. Perplexities are llama.cpp's on the beginning of that text, so that an adapter which was rounded away shows.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def command(work: Path, pairs: int, export_lora: Path | None, tokens: int) -> No
 def _times(base: Path, out: Path, pairs: int, export_lora: Path | None) -> None:
     lora = out / "lora.gguf"
     run([*_TOOL, "convert", _FIXTURES / "smollm2-lora", "--to", "gguf", "--like", base, "-o", lora])
-    merge = [*_TOOL, "merge", "--base", base, "--force", "-o", out / "merged.gguf"]
+    merge: list[str | Path] = [*_TOOL, "merge", "--base", base, "--force", "-o", out / "merged.gguf"]
     commands: dict[str, list[str | Path]] = {
         "import torch": [PYTHON, "-c", "import torch"],
         "cp + sync of the base": ["sh", "-c", f"cp '{base}' '{out}/copy.gguf' && sync '{out}/copy.gguf'"],
@@ -135,7 +135,8 @@ def _perplexities(base: Path, model: Path, out: Path, count: int) -> None:
     from tests.llamacpp import perplexity
 
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode("\n".join(LOG)).ids[:count]
-    dora, like = _FIXTURES / "smollm2-dora", ["--like", base]
+    dora = _FIXTURES / "smollm2-dora"
+    like: list[str | Path] = ["--like", base]
     wanted: dict[str, list[str | Path]] = {
         "f32, from the HF model (--like)": ["--base", model, *like, "--gguf-type", "f32"],
         "Q8_0 (default), into Q4_1": ["--base", base],

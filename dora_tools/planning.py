@@ -209,53 +209,22 @@ def plan_merge(
     inputs = inputs_of(adapter, strength, format, with_base(given, base))
     names = [i.adapter.base_model for i in inputs if i.adapter.base_model]
     if base is None:
-        own = [i.base for i in inputs if i.base is not None]
-        if not own and not names:
-            raise UsageError("The adapter does not name its base model; give it with --base.")
-        if len(own) > 1:
-            raise UsageError("Several of the files hold a whole model; say which one to merge into with --base.")
-        if not own and len(set(names)) > 1:
-            raise UsageError(
-                f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base."
-            )
-        if own:  # what the file holds whole is that base already
-            inputs = [into_its_own(i) if i.base is own[0] else i for i in inputs]
-        base = own[0] if own else names[0]
-    try:
-        place = hub.resolve(base, "base") if isinstance(base, str | Path) else None
-    except (InputError, ResourceError) as error:
-        if base in names:
-            raise type(error)(
-                f"{error} That is the base which the adapter names; say where it is with --base."
-            ) from error
-        raise
+        base, inputs = _their_base(inputs, names)
+    place = _place_of(base, names)
     checkpoint = base_of(place or base)
     if like is not None:
         checkpoint = Templated(base_of(like), checkpoint)
     in_gguf = "gguf" in checkpoint.metadata
-    folder, file = Path(out), None
-    if folder.suffix in (".safetensors", ".gguf"):
-        if in_gguf != (folder.suffix == ".gguf"):
-            way = "give a .gguf file or a directory" if in_gguf else "a GGUF needs a GGUF base, or --like one"
-            raise UsageError(f"{out} is not what this base is merged into: {way}.")
-        if not in_gguf and (place is None or place.is_dir() or limit is not None):
-            raise UsageError(f"{out} names one file, which needs a base that is one file; give a directory.")
-        folder, file = folder.parent, folder.name
-    elif like is not None:
-        raise UsageError(f"With --like, OUT is a .gguf file, not {out}.")
     if in_gguf and dtype:
         raise UsageError("--dtype is for safetensors; of a GGUF, --gguf-type says how weights are stored.")
     if not in_gguf and (gguf_type or untie or modelfile or allow_loss):
         raise UsageError("--gguf-type, --allow-loss, --untie and --modelfile are for a GGUF base, or with --like one.")
+    one_file = place is not None and not place.is_dir() and limit is None
+    folder, file = _destination(out, in_gguf, in_gguf or one_file, like is not None)
     binding = bind([(i.adapter, i.strength) for i in inputs], checkpoint, untie)
     storing = Storing(binding, gguf_type or "auto", allow_loss) if in_gguf else None
-
     target = dtype_named(dtype) if dtype else None
-    tensors = binding.base.tensors
-    dtypes = {n: target for n, i in tensors.items() if DTYPES[i.dtype].floating} if target else {}
-    if storing is not None:
-        dtypes = storing.dtypes
-    worker_count = workers(threads)
+    changed = {n: target for n, i in binding.base.tensors.items() if DTYPES[i.dtype].floating} if target else {}
 
     def make() -> Checkpoint:
         from .merging import Merged
@@ -266,46 +235,32 @@ def plan_merge(
     in_memory = place is None and limit is None and not in_gguf  # or a mixed file
     files = lay_out(
         result,
-        dtypes=dtypes,
+        dtypes=storing.dtypes if storing is not None else changed,
         max_shard_size=limit,
         file=file or ("model.safetensors" if in_memory else None),
         file_type=storing.file_type if storing is not None else None,
     )
     base_name, hub_id = _named_base(base, place, names)
-    with_card, notes, index = file is None, list[str](), list[File]()
-    if storing is not None:
-        notes += storing.notes
+    with_card, notes = file is None, list(storing.notes) if storing is not None else []
     if modelfile:
         files.append(File("Modelfile", (f"FROM ./{files[0].path}\n".encode(),)))
     if with_card:
-        index = [f for f in files if f.path.endswith(".index.json")]
+        index = [f for f in files if f.path.endswith(".index.json")]  # what makes a directory look complete comes last
         files = [f for f in files if f not in index]
-        written_dtype = DTYPES[target].torch if target else None
-        config = binding.config if binding.config is not None else checkpoint.metadata.get("config")
-        own_tokenizers = [i.place for i in inputs if i.place is not None and companions.tokenizer_in(i.place)]
-        tokenizer = own_tokenizers[0] if len(own_tokenizers) == len(inputs) == 1 else None
-        if place is not None and place.is_dir():
-            files += companions.copied(place, config, written_dtype, tokenizer)
-            if tokenizer is not None:
-                notes.append("The tokenizer is the one that was saved with the adapter.")
-            elif own_tokenizers:
-                notes.append("Of several adapters with tokenizers none is taken: the tokenizer is the base's.")
-        elif binding.config is not None:
-            files.append(File("config.json", (companions.as_json(config or {}),)))
-    elif binding.config is not None:
-        notes.append(f"One file cannot hold a config: {place}'s own config.json is not right for {out} as it is.")
-    if with_card:
+        files += _beside(place, binding, inputs, DTYPES[target].torch if target else None, notes)
         counted = (
             f"{len(binding.bound)} tensors merged, {len(binding.replaced) + len(binding.added)} replaced or added."
         )
         labels = [f"{i.name}, strength {i.strength:g}" if i.strength != 1 else i.name for i in inputs]
         files += [companions.card(folder.resolve().name, base_name, hub_id, labels, counted), *index]
+    elif binding.config is not None:
+        notes.append(f"One file cannot hold a config: {place}'s own config.json is not right for {out} as it is.")
     layout = Layout(files)
     template = hub.resolve(like, "base") if isinstance(like, str | Path) else None
     read_from = [p for p in (place, template, *(i.place for i in inputs)) if p is not None]
     if place is not None and place.is_dir() and place.resolve() in folder.resolve().parents:
         raise UsageError(f"{folder} lies inside the base {place}; write somewhere else.")
-    if file is None:
+    if with_card:
         check_target(layout, folder, read_from, force)
     else:
         for written in files:
@@ -318,13 +273,12 @@ def plan_merge(
         "allow_nonfinite": allow_nonfinite,
         **({"like": str(like), "gguf_type": gguf_type, "untie": untie} if in_gguf else {}),
     }
-    free = check_room(layout, folder)
     return MergePlan(
         folder,
         binding,
         layout,
-        free,
-        worker_count,
+        check_room(layout, folder),
+        workers(threads),
         result,
         tuple(inputs),
         base_name,
@@ -334,6 +288,63 @@ def plan_merge(
         notes,
         storing,
     )
+
+
+def _their_base(inputs: list[Input], names: Sequence[str]) -> tuple[BaseLike, list[Input]]:
+    """The base that came with the adapters, in one of their files or by name; and the adapters as they fit it."""
+    own = [i.base for i in inputs if i.base is not None]
+    if not own and not names:
+        raise UsageError("The adapter does not name its base model; give it with --base.")
+    if len(own) > 1:
+        raise UsageError("Several of the files hold a whole model; say which one to merge into with --base.")
+    if not own and len(set(names)) > 1:
+        raise UsageError(f"The adapters name several bases, {' and '.join(sorted(set(names)))}; give one with --base.")
+    if own:  # what the file holds whole is that base already
+        inputs = [into_its_own(i) if i.base is own[0] else i for i in inputs]
+    return own[0] if own else names[0], inputs
+
+
+def _place_of(base: BaseLike, names: Sequence[str]) -> Path | None:
+    """Where the base lies; None for one in memory."""
+    try:
+        return hub.resolve(base, "base") if isinstance(base, str | Path) else None
+    except (InputError, ResourceError) as error:
+        if base in names:
+            raise type(error)(
+                f"{error} That is the base which the adapter names; say where it is with --base."
+            ) from error
+        raise
+
+
+def _destination(out: str | Path, in_gguf: bool, one_file: bool, shaped: bool) -> tuple[Path, str | None]:
+    """The folder to write, and the file's name if ``out`` is a file. Raises UsageError where it cannot be one."""
+    path = Path(out)
+    if path.suffix not in (".safetensors", ".gguf"):
+        if shaped:
+            raise UsageError(f"With --like, OUT is a .gguf file, not {out}.")
+        return path, None
+    if in_gguf != (path.suffix == ".gguf"):
+        way = "give a .gguf file or a directory" if in_gguf else "a GGUF needs a GGUF base, or --like one"
+        raise UsageError(f"{out} is not what this base is merged into: {way}.")
+    if not one_file:
+        raise UsageError(f"{out} names one file, which needs a base that is one file; give a directory.")
+    return path.parent, path.name
+
+
+def _beside(
+    place: Path | None, binding: Binding, inputs: Sequence[Input], dtype: str | None, notes: list[str]
+) -> list[File]:
+    """The small files of the base, edited as the merge wants it, with the adapter's own tokenizer if there is one."""
+    config = binding.config if binding.config is not None else binding.base.metadata.get("config")
+    if place is None or not place.is_dir():
+        return [File("config.json", (companions.as_json(config or {}),))] if binding.config is not None else []
+    own = [i.place for i in inputs if i.place is not None and companions.tokenizer_in(i.place)]
+    tokenizer = own[0] if len(own) == len(inputs) == 1 else None
+    if tokenizer is not None:
+        notes.append("The tokenizer is the one that was saved with the adapter.")
+    elif own:
+        notes.append("Of several adapters with tokenizers none is taken: the tokenizer is the base's.")
+    return companions.copied(place, config, dtype, tokenizer)
 
 
 def into_its_own(item: Input) -> Input:

@@ -16,6 +16,7 @@ import click
 from .. import __version__
 from ..errors import DoraToolsError
 
+_LONGEST = 4000  # characters of a sentence
 COMMANDS = {
     "merge": "Merge adapters into the dense weights of a model.",
     "convert": "Convert an adapter to another tool's format.",
@@ -106,8 +107,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _say(error, f"Unexpected {type(error).__name__}: {error}. This is a bug in dora-tools.", 1)
 
 
+def printable(sentence: str) -> str:
+    """A sentence in which names from a file cannot move the cursor, begin a line, or fill the screen."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in sentence)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST // 2]} … {shown[-_LONGEST // 2 :]}"
+
+
 def _say(error: BaseException, sentence: str, code: int) -> int:
     if os.environ.get("DORA_TOOLS_DEBUG"):
         traceback.print_exception(error)
-    click.echo(f"Error: {sentence}", err=True)
+    click.echo(f"Error: {printable(sentence)}", err=True)
     return code

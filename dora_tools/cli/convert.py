@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from . import printable
 from .options import reading
 
 
@@ -35,5 +36,5 @@ def command(
     from .. import api
 
     for note in api.convert(adapter, out, to, format, given, force, base, like, arch):
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {printable(note)}", err=True)
     click.echo(f"Wrote {to} to {out}.", err=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..layout import human
+from . import printable
 from .options import computing, progress, reading
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def command(
     plan = api.plan_merge(list(adapters), base, out, strength=weights, device=device, **options)
     plan.examine()
     for note in plan.notes:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {printable(note)}", err=True)
     result, seconds = None, 0.0
     if not dry_run:
         start = time.monotonic()

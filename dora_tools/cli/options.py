@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..layout import human
+from . import printable
 
 if TYPE_CHECKING:
     from ..operations.outcome import Outcome
@@ -167,7 +168,7 @@ def _say(outcome: Outcome, notes: tuple[str, ...], out: str, to: str, as_json: b
 
     said = [*outcome.adapter.notes, *outcome.notes, *notes]
     for note in said:
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {printable(note)}", err=True)
     if as_json:
         import json
 

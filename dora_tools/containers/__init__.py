@@ -11,6 +11,7 @@ from ..checkpoint import Checkpoint, View
 from ..errors import InputError, UsageError
 from ..layout import File
 from . import gguf, safetensors
+from .source import Source
 
 # In order of preference within a directory. A base's own weights come before an adapter that lies beside them.
 BASE_FILES = (
@@ -20,7 +21,6 @@ BASE_FILES = (
     "*.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
-    "*-00001-of-*.gguf",
     "*.gguf",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -56,6 +56,7 @@ def _with_trained(path: Path) -> Checkpoint:
 def _choose(folder: Path, patterns: Iterable[str]) -> Path:
     for pattern in patterns:
         found = sorted(p for p in folder.glob(pattern) if p.name not in ADAPTER_FILES or pattern in ADAPTER_FILES)
+        found = gguf.models(found) if pattern.endswith(".gguf") else found
         if len(found) == 1:
             other = folder / pattern.removesuffix(".index.json")
             if pattern.endswith(".index.json") and other.is_file() and "*" not in pattern:
@@ -88,6 +89,7 @@ def _open_file(path: Path, folder: Path) -> Checkpoint:
         return _joined(parts, {**documents, "index": (path.name, table.get("metadata"))})
     if path.name.endswith(".index.json"):
         return safetensors.open_index(path, documents)
+    Source(path)  # raises for a pipe or a device before anything waits for it
     if gguf.is_gguf(path):
         return gguf.open_gguf(path, documents)
     if _is_pickle(path):

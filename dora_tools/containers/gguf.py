@@ -109,6 +109,15 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+def models(paths: Iterable[Path]) -> list[Path]:
+    """Of GGUF files those that stand for a model: of a split the first, without projectors (mmproj) beside a model."""
+    return [
+        path
+        for path in paths
+        if not path.name.startswith("mmproj") and ((match := _SPLIT.fullmatch(path.name)) is None or int(match[2]) == 1)
+    ]
+
+
 def open_gguf(path: Path, metadata: Mapping[str, Any] | None = None) -> GgufCheckpoint:
     """A file with all files of its split. Raises InputError where one is missing or is none of them."""
     match = _SPLIT.fullmatch(path.name)
@@ -133,6 +142,11 @@ def open_gguf(path: Path, metadata: Mapping[str, Any] | None = None) -> GgufChec
         values = checkpoint.metadata["gguf"][part.name].values
         if (values.get("split.no", 0), values.get("split.count", 1)) != (number, count):
             raise InputError(f"{part} does not say that it is file {number + 1} of {count}: are they of one model?")
+        told = values.get("split.tensors.count", len(checkpoint.tensors))
+        if told != len(checkpoint.tensors):
+            raise InputError(
+                f"{part} says that the model has {told} tensors, and its files hold {len(checkpoint.tensors)}."
+            )
     return checkpoint
 
 
@@ -147,16 +161,23 @@ class _Parser:
     def parse(self) -> tuple[Header, dict[str, TensorInfo]]:
         if self._source.size < 24:
             raise self._bad("it is shorter than a header" if self._source.size else "it is empty")
-        if self._take(4) != MAGIC:
+        start = self._take(4)
+        if start == b"vers":
+            raise InputError(
+                f"{self._path} is a Git LFS pointer, not the weights: run 'git lfs pull' where it is from."
+            )
+        if start != MAGIC:
             raise self._bad(f"it does not begin with {MAGIC.decode()}")
         (version,) = self._unpack("I")
-        if version & 0xFFFF == 0:
+        if version and version & 0xFFFF == 0:
             raise UnsupportedError(f"{self._path} is a big-endian GGUF file, which dora-tools does not read.")
         if version not in (2, 3):
             raise UnsupportedError(f"{self._path} is of GGUF version {version}; dora-tools reads 2 and 3.")
         tensors, count = self._unpack("QQ")
         self._enough(count, 13, "metadata entries")
         self._enough(tensors, 25, "tensors")
+        self._few(count, 1 << 16, "metadata entries")
+        self._few(tensors, 1 << 17, "tensors")
         begin = self._at
         values: dict[str, Value] = {}
         places: dict[str, tuple[int, int]] = {}
@@ -173,7 +194,7 @@ class _Parser:
             raise self._bad("it has no general.architecture, so nobody could run it")
         end = self._at
         header = Header(self._path, version, count, Span(self._path, begin, end - begin), values, places, {}, {})
-        alignment = values.get("general.alignment", 32)
+        alignment = values.get("general.alignment", None if "general.alignment" in places else 32)
         if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._bad(f"general.alignment is {alignment!r}, not a power of two")
         infos, offsets = self._tensors(tensors)
@@ -245,6 +266,7 @@ class _Parser:
         if item != _STRING:
             raise self._bad(f"{key} is an array of type {item}, which dora-tools does not read")
         self._enough(count, 8, f"strings of {key}")
+        self._few(count, 1 << 24, f"strings of {key}")
         for _ in range(count):
             self._skip(self._length(key))
         return None
@@ -275,6 +297,10 @@ class _Parser:
         if count * size > left:
             raise self._bad(f"it announces {count} {what} at {self._at}, where {left} bytes are left")
 
+    def _few(self, count: int, limit: int, what: str) -> None:
+        if count > limit:
+            raise self._bad(f"it announces {count} {what}, more than any model has")
+
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         layout = "<" + layout
         return struct.unpack(layout, self._take(struct.calcsize(layout)))
@@ -293,6 +319,7 @@ class _Parser:
         self._at += count
 
     def _bad(self, why: str) -> InputError:
+        why = why if len(why) < 400 else f"{why[:200]} … {why[-200:]}"  # names can be long
         return InputError(f"{self._path} is not a complete GGUF file: {why}. Download or convert it again.")
 
 
