@@ -68,6 +68,8 @@ def write_adapter(
     if writer is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
     written = writer(adapter, formats.Target(arch, cache(lambda: base_of(like)) if like is not None else None))
+    if like is not None:
+        bind([(adapter, 1.0)], base_of(like))  # whatever has no place in it, or another shape, is refused here
     folder, name = Path(path), written.file
     single = folder.suffix == Path(name).suffix == ".gguf"
     if single:
@@ -90,6 +92,9 @@ def check_output(path: str | Path, format: str, force: bool, sources: Iterable[P
     if formats.named(format).write is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
     folder = Path(path)
+    if folder.suffix == ".gguf" and format == "gguf":
+        check_file(folder, sources, force)
+        return
     if not force:
         check_target(Layout([]), folder, sources, force)
     for source in sources:
@@ -118,20 +123,21 @@ def convert(
         raise UsageError("--like and --arch say for which model a GGUF adapter is written; they are for --to gguf.")
     check_table(format)
     check_table(to)
-    reading, place = read(path, format, with_base(given, base))
+    model = like if like is not None else base
+    reading, place = read(path, format, with_base(given, model))
     if reading.doubt:
         raise InputError(reading.doubt)
     adapter, left = reading.adapter, tuple(left_out_notes(reading.left_out))
-    if base is not None:
-        adapter, same = _beside(adapter, base_of(base))
+    if model is not None and adapter.replaced:
+        adapter, same = _beside(adapter, hf_base(base if base is not None else model))
         left += (f"{same} tensors are as in the base and are left out.",) if same else ()
     elif reading.base is not None and adapter.replaced:
         left += (
             f"The file holds the whole model, so {len(adapter.replaced)} tensors that may not have been trained are "
             "carried along; with --base, those that are as in the base are left out.",
         )
-    model = like if like is not None else base
-    return (*adapter.notes, *left, *write_adapter(adapter, out, to, force, [place], like=model, arch=arch))
+    models = [hub.resolve(m, "base") for m in (like, base) if isinstance(m, str | Path)]
+    return (*adapter.notes, *left, *write_adapter(adapter, out, to, force, [place, *models], like=model, arch=arch))
 
 
 def _beside(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, int]:
@@ -215,7 +221,10 @@ def merged(
         base = own[0]
     if base is None:
         raise UsageError("Say which base is meant, as the adapter brings none.")
-    binding = bind([(i.adapter, i.strength) for i in inputs], base_of(base))
+    home = base_of(base)
+    if "gguf" in home.metadata:
+        raise UsageError("A GGUF base is merged into a file (dt.merge); lazy tensors are for Hugging Face models.")
+    binding = bind([(i.adapter, i.strength) for i in inputs], home)
     config = binding.config if binding.config is not None else binding.base.metadata.get("config", {})
     return LazyTensors(Merged(binding, device), config)
 

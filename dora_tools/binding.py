@@ -127,13 +127,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint, untie: boo
     """
     dialect = of_gguf(base) if "gguf" in base.metadata else None
     original = {} if dialect else base.metadata.get("config") or {}
-    quantisation = original.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation
-        raise UnsupportedError(
-            f"The base is quantised ({method}); dora-tools merges into dense weights. Give the base it was made from, "
-            "or a dequantised copy."
-        )
+    refuse_quantised(original)
     plan = _Plan(base, {k: dict(v) if isinstance(v, dict) else v for k, v in original.items()})
     plan.dialect, plan.untie = dialect, untie
     for number, (adapter, strength) in enumerate(adapters):
@@ -157,6 +151,17 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint, untie: boo
         plan.config if plan.config != original else None,
         tuple(plan.notes),
     )
+
+
+def refuse_quantised(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for a config.json that says its weights are quantised."""
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else quantisation
+        raise UnsupportedError(
+            f"The base is quantised ({method}); dora-tools merges into dense weights. Give the base it was made from, "
+            "or a dequantised copy."
+        )
 
 
 def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
@@ -188,7 +193,7 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
             if bias not in known:
                 raise FitError(
                     f"{update.module} has a trained LoRA bias ({update.bias.key}), but the base has no {bias} to add "
-                    "it to."
+                    "it to, and neither has its architecture, as far as the base tells."
                 )
             delta = Dense(update.bias.reshape(-1, 1))
             plan.updates.setdefault(bias, []).append((Update(update.module, delta, part=update.part), strength))
@@ -343,8 +348,8 @@ def _allow_untying(plan: _Plan, dialect: Dialect) -> None:
         )
     if not plan.untie:
         raise TargetError(
-            f"The adapter changes one of {EMBEDDING} and {HEAD}, which are one tensor in this GGUF. --untie gives the "
-            f"head a tensor of its own ({size} as stored now), so that only the one that was trained changes."
+            f"The adapter makes {EMBEDDING} and {HEAD} differ, which are one tensor in this GGUF ({size}). --untie "
+            "gives the head a tensor of its own, so that each is as it was trained."
         )
 
 
@@ -425,6 +430,8 @@ def _replacements(plan: _Plan, view: Checkpoint) -> Tensors:
     """The replacements as a checkpoint; those that are new take the base's commonest type and its last file."""
     floats = Counter(info.dtype for info in view.tensors.values() if DTYPES[info.dtype].floating)
     dtype = floats.most_common(1)[0][0] if floats else "F32"
+    if plan.dialect and EMBEDDING in view.tensors:
+        dtype = view.tensors[EMBEDDING].dtype  # the only tensor that can be new in a GGUF is a head
     last = max((info.file for info in view.tensors.values()), default="model.safetensors")
     return Tensors({n: replace(r.tensor, dtype=dtype) for n, r in plan.replaced.items()}, last)
 
@@ -500,6 +507,8 @@ def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, 
                 seen.add((_is_conv1d(update.module), shape == (in_, out)))
 
     def turned(update: Update, stored: tuple[int, int]) -> bool:
+        if plan.dialect:
+            return False
         out, in_ = update.delta.shape
         by_name = _is_conv1d(update.module)
         if out != in_:

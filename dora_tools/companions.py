@@ -104,12 +104,12 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
         config["dtype"] = dtype
 
 
-def card(name: str, base_model: str, hub_id: str | None, adapters: list[str], summary: str) -> File:
+def card(name: str, base_model: str, hub_id: str | None, adapters: list[str], summary: str, gguf: bool = False) -> File:
     """README.md with the front matter that the Hugging Face hub reads, if the base has a ``hub_id`` to name there."""
     listed = "\n".join(f"- {adapter}" for adapter in adapters)
     relation = f"base_model:\n- {json.dumps(hub_id)}\nbase_model_relation: merge\n" if hub_id else ""
     text = f"""---
-{relation}library_name: transformers
+{relation}library_name: {"gguf" if gguf else "transformers"}
 tags:
 - dora-tools
 - merge

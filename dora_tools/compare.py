@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 
 import torch
 
@@ -73,13 +73,25 @@ def distances(
 class Rounded:
     """What storing W' as W'q did to Δ = W' − W, of one tensor or of several.
 
-    ``gain``: ⟨W'q − W, Δ⟩ / ‖Δ‖², 1 where Δ is there in full and 0 where it was rounded away; ``error``:
-    ‖W'q − W'‖ / ‖Δ‖ (both None where Δ is 0); ``relative``: ‖W'q − W'‖ / ‖W'‖.
+    ``change``: ‖Δ‖ / ‖W'‖, of ``elements`` numbers. ``gain``: ⟨W'q − W, Δ⟩ / ‖Δ‖², 1 where Δ is there in full and 0
+    where it was rounded away; ``error``: ‖W'q − W'‖ / ‖Δ‖ (both None where Δ is 0); ``relative``: ‖W'q − W'‖ / ‖W'‖.
     """
 
     gain: float | None
     error: float | None
     relative: float
+    change: float
+    elements: int
+
+    @property
+    def lost(self) -> bool:
+        """Whether less than half of Δ is there, or half too much, beyond what the noise of rounding may feign.
+
+        A Δ of the size of float32's own rounding is none.
+        """
+        if self.gain is None or self.error is None or self.change < 1e-6 or not isfinite(self.gain):
+            return False
+        return abs(self.gain - 1) > 0.5 + 3 * self.error / sqrt(self.elements)
 
 
 class Rounding:
@@ -92,7 +104,7 @@ class Rounding:
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
-        self._sums: dict[str, dict[int, tuple[float, float, float, float]]] = {}
+        self._sums: dict[str, dict[int, tuple[float, float, float, float, int]]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, name: str, first: int, last: int, values: torch.Tensor, raw: torch.Tensor, dtype: str) -> None:
@@ -109,6 +121,7 @@ class Rounding:
             _squares(delta),
             _squares(rounding),
             _squares(merged),
+            merged.numel(),
         )
         with self._lock:
             self._sums.setdefault(name, {})[first] = sums
@@ -124,9 +137,10 @@ class Rounding:
 
     def _of(self, names: list[str]) -> Rounded:
         rows = [self._sums[name][first] for name in names for first in sorted(self._sums[name])]
-        along, delta, rounding, size = (sum(row[i] for row in rows) for i in range(4))
-        relative = sqrt(rounding / size) if size else 0.0
-        return Rounded(1 + along / delta, sqrt(rounding / delta), relative) if delta else Rounded(None, None, relative)
+        along, delta, rounding, size, count = (sum(row[i] for row in rows) for i in range(5))
+        relative, change = (sqrt(x / size) if size else 0.0 for x in (rounding, delta))
+        gain, error = (1 + along / delta, sqrt(rounding / delta)) if delta else (None, None)
+        return Rounded(gain, error, relative, change, int(count))
 
 
 def _squares(x: torch.Tensor) -> float:

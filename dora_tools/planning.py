@@ -146,6 +146,8 @@ class MergePlan:
                 "header_sha256": hashlib.sha256(header.raw).hexdigest(),
                 "size": len(header.raw) + sum(i.nbytes for i in info),
             }
+        for file, gguf in self.merged.metadata.get("gguf", {}).items():
+            base_files[file] = {"metadata_sha256": gguf.digest(), "size": gguf.path.stat().st_size}
         return companions.manifest(
             {
                 "dora_tools": __version__,
@@ -217,12 +219,12 @@ def plan_merge(
     in_gguf = "gguf" in checkpoint.metadata
     if in_gguf and dtype:
         raise UsageError("--dtype is for safetensors; of a GGUF, --gguf-type says how weights are stored.")
-    if not in_gguf and (gguf_type or untie or modelfile or allow_loss):
+    if not in_gguf and (gguf_type is not None or untie or modelfile or allow_loss):
         raise UsageError("--gguf-type, --allow-loss, --untie and --modelfile are for a GGUF base, or with --like one.")
     one_file = place is not None and not place.is_dir() and limit is None
     folder, file = _destination(out, in_gguf, in_gguf or one_file, like is not None)
     binding = bind([(i.adapter, i.strength) for i in inputs], checkpoint, untie)
-    storing = Storing(binding, gguf_type or "auto", allow_loss) if in_gguf else None
+    storing = Storing(binding, "auto" if gguf_type is None else gguf_type, allow_loss) if in_gguf else None
     target = dtype_named(dtype) if dtype else None
     changed = {n: target for n, i in binding.base.tensors.items() if DTYPES[i.dtype].floating} if target else {}
 
@@ -242,6 +244,15 @@ def plan_merge(
     )
     base_name, hub_id = _named_base(base, place, names)
     with_card, notes = file is None, list(storing.notes) if storing is not None else []
+    if in_gguf and any(i.place is not None and companions.tokenizer_in(i.place) for i in inputs):
+        notes.append(
+            "The adapter has a tokenizer beside it, maybe with a chat template of its own; the GGUF keeps the base's. "
+            "Where that matters, convert the merged Hugging Face model."
+        )
+    if modelfile and len(files) > 1:
+        raise UsageError("Ollama reads no split files: join the base first (llama-gguf-split --merge).")
+    if modelfile and not files[0].path.isprintable():
+        raise UsageError(f"A Modelfile cannot name a file with line breaks ({files[0].path!r}).")
     if modelfile:
         files.append(File("Modelfile", (f"FROM ./{files[0].path}\n".encode(),)))
     if with_card:
@@ -252,7 +263,7 @@ def plan_merge(
             f"{len(binding.bound)} tensors merged, {len(binding.replaced) + len(binding.added)} replaced or added."
         )
         labels = [f"{i.name}, strength {i.strength:g}" if i.strength != 1 else i.name for i in inputs]
-        files += [companions.card(folder.resolve().name, base_name, hub_id, labels, counted), *index]
+        files += [companions.card(folder.resolve().name, base_name, hub_id, labels, counted, in_gguf), *index]
     elif binding.config is not None:
         notes.append(f"One file cannot hold a config: {place}'s own config.json is not right for {out} as it is.")
     layout = Layout(files)
@@ -271,7 +282,8 @@ def plan_merge(
         "max_shard_size": max_shard_size,
         "stats": stats,
         "allow_nonfinite": allow_nonfinite,
-        **({"like": str(like), "gguf_type": gguf_type, "untie": untie} if in_gguf else {}),
+        **({"gguf_type": gguf_type, "untie": untie} if in_gguf else {}),
+        **({"like": str(like)} if like is not None else {}),
     }
     return MergePlan(
         folder,

@@ -149,6 +149,12 @@ def types_of(mix: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]], model
     return found
 
 
+def named(mix: str) -> str:
+    """A mix as ``MIXES`` spells it: in lower case, and q4_k as llama-quantize takes it, q4_k_m."""
+    mix = mix.lower()
+    return f"{mix}_m" if f"{mix}_m" in MIXES else mix
+
+
 def _usual_type(mix: str) -> str:
     if mix in NEED_IMPORTANCE:
         raise TargetError(

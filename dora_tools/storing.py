@@ -7,22 +7,22 @@ the loss is measured while the file is written, and a file that the adapter is n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .binding import Binding
 from .dtypes import DTYPES, GGUF_WRITES, LIBGGUF_WRITES
-from .errors import TargetError
+from .errors import TargetError, UsageError
 from .names.gguf import of_gguf
-from .recipes import FILE_TYPES, MIXES, Model, types_of
+from .recipes import FILE_TYPES, MIXES, Model, named, types_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .compare import Rounding
 
 CHOICES = ("auto", "keep", *MIXES)
-_KEPT_AT_LEAST, _KEPT_AT_MOST = 0.5, 1.5  # of the adapter: outside of that, another model would be written
 
 
 @dataclass
@@ -38,13 +38,17 @@ class Storing:
     examined: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        self.choice = named(self.choice)
+        if not self.choice:
+            raise UsageError("--gguf-type is empty: is a shell variable not set?")
         tensors = self.binding.base.tensors
-        touched = {*self.binding.bound, *self.binding.replaced, *self.binding.added}
+        touched = {*self.binding.bound, *self.binding.saved}
         if self.choice == "auto":
             found = {n: _roomy(i.dtype, i.width) for n, i in tensors.items() if n in touched}
         elif self.choice == "keep":
-            found = {n: i.dtype for n, i in tensors.items() if n in touched}
-            lost = [n for n, kind in found.items() if DTYPES[kind].quantised and kind not in _WRITTEN]
+            found = {n: self._was(n) for n in tensors}
+            touched |= {n for n, kind in found.items() if kind != tensors[n].dtype}
+            lost = [n for n in touched if DTYPES[found[n]].quantised and found[n] not in _WRITTEN]
             if lost:
                 raise TargetError(
                     f"{lost[0]} is stored as {found[lost[0]]}, which nothing here can write. Leave --gguf-type keep "
@@ -54,6 +58,13 @@ class Storing:
             stored = {name: (info.dtype, info.shape) for name, info in tensors.items()}
             found = types_of(self.choice, stored, _model(self.binding.base))
         self.dtypes = {name: kind for name, kind in found.items() if kind != tensors[name].dtype}
+
+    def _was(self, name: str) -> str:
+        """What a tensor is stored as in the GGUF that gives the shape: the base, or the template."""
+        info = self.binding.base.tensors[name]
+        headers = self.binding.base.metadata["gguf"].values()
+        kind: str = next((header.types[name] for header in headers if name in header.types), info.dtype)
+        return kind
 
     @property
     def file_type(self) -> int | None:
@@ -67,9 +78,10 @@ class Storing:
         again = [n for n in self.dtypes if DTYPES[before[n].dtype].quantised and DTYPES[self.dtypes[n]].quantised]
         if self.choice in ("auto", "keep") or not again:
             return []
+        pairs = sorted({f"{before[n].dtype} to {self.dtypes[n]}" for n in again})
         return [
-            f"{len(again)} tensors are quantised a second time ({before[again[0]].dtype} to {self.dtypes[again[0]]}, "
-            "and others): merging from the full-precision model (--base HF_DIR --like this GGUF) loses less."
+            f"{len(again)} tensors are quantised a second time ({', '.join(pairs)}): merging from the full-precision "
+            "model (--base HF_DIR --like this GGUF) loses less."
         ]
 
     def examine(self, threads: int) -> list[str]:
@@ -91,9 +103,7 @@ class Storing:
     def judge(self) -> None:
         """Raises TargetError where storing the merged weights so would lose the adapter."""
         total = self.rounding.total(self.binding.bound) if self.rounding is not None else None
-        if total is None or total.gain is None or self.allow_loss:
-            return
-        if not _KEPT_AT_LEAST <= total.gain <= _KEPT_AT_MOST:
+        if total is not None and total.lost and not self.allow_loss:
             tensors = self.binding.base.tensors
             again = any(DTYPES[tensors[name].dtype].quantised for name in self.binding.bound)
             better = "merge from the full-precision model (--base HF_DIR --like GGUF), " if again else ""
@@ -102,6 +112,27 @@ class Storing:
                 f"weights, with an error of {total.error:.2f} times its size: rounding to these types undoes it. "
                 f"Choose a wider type (q8_0, f16), {better}or insist with --allow-loss. Nothing was written."
             )
+
+    @property
+    def planned(self) -> dict[str, int]:
+        """From which type to which → how many of the tensors that are computed."""
+        before = self.binding.base.tensors
+        names = {*self.binding.bound, *self.dtypes}
+        return dict(Counter(f"{before[n].dtype} → {self.dtypes.get(n, before[n].dtype)}" for n in sorted(names)))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be known of the result, once it is written."""
+        total = self.rounding.total(self.binding.bound) if self.rounding is not None else None
+        if total is None or total.error is None or total.gain is None:
+            return []
+        if total.change < 1e-6:
+            return [f"The adapter hardly changes the weights (‖Δ‖/‖W'‖ = {total.change:.0e})."]
+        if total.error > 1:
+            return [
+                f"Rounding adds an error of {total.error:.1f} times the adapter's size; a wider --gguf-type adds less."
+            ]
+        return []
 
     def report(self) -> dict[str, Any]:
         """For every tensor that was computed: types, gain, error; and the correlations of magnitudes."""

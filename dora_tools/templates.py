@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from .binding import refuse_quantised
 from .checkpoint import Checkpoint, Span, TensorInfo, blocks, same, single_threaded
 from .dtypes import DTYPES
 from .errors import FitError, UnsupportedError, UsageError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _SAMPLE = 1 << 17  # elements of each matrix that are compared with the template's
+_SIZES, _VECTORS = 1.25, 0.01  # how much larger a matrix may be, and how far apart vectors
 _ALIKE, _DOUBTFUL = 0.8, 0.9  # 4-bit types give 0.995, 2-bit ones about 0.95; another row order 0.05
 # parts of a multimodal model that llama.cpp keeps in a file of their own (mmproj)
 _ELSEWHERE = ("vision_tower.", "vision_model.", "visual.", "multi_modal_projector.", "audio_tower.", "embed_audio.")
@@ -85,20 +87,21 @@ class Templated:
     def __init__(self, template: Checkpoint, base: Checkpoint) -> None:
         if "gguf" not in template.metadata or "gguf" in base.metadata:
             raise UsageError("--like takes a GGUF file, and --base then the Hugging Face model that it was made of.")
+        refuse_quantised(base.metadata.get("config") or {})
         self._template, self._base = template, base
         self._dialect = of_gguf(template)
         self.notes: list[str] = []
+        self._vectors: dict[str, tuple[str, Place]] = {}
         self._pieces = dict(self._placed())
         self.metadata: Mapping[str, Any] = template.metadata
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in template.tensors.items():
-            if name in self._pieces and info.dtype != "F32":
-                dtype = base.tensors[self._pieces[name][0].name].dtype
-                if not (DTYPES[dtype].floating and DTYPES[dtype].ggml >= 0):
-                    raise UnsupportedError(
-                        f"{self._pieces[name][0].name} is stored as {dtype}; give the base in BF16, F16 or F32."
-                    )
-                info = replace(info, dtype=dtype, width=0)
+            for piece in self._pieces.get(name, ()):
+                dtype = base.tensors[piece.name].dtype
+                if not DTYPES[dtype].floating or DTYPES[dtype].quantised:
+                    raise UnsupportedError(f"{piece.name} is stored as {dtype}; give the base in BF16, F16 or F32.")
+                if info.dtype != "F32":  # llama.cpp cannot run F64
+                    info = replace(info, dtype="F32" if dtype == "F64" else dtype, width=0)
             self.tensors[name] = info
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -129,14 +132,20 @@ class Templated:
                 elsewhere += 1
             elif place is None:
                 lost += [name] if not name.endswith(_UNUSED) else []
-            elif parameter == "weight" and len(info.shape) > 1:
+            elif parameter == "weight" and len(info.shape) > 2:
+                raise FitError(f"{name} of the base has shape {list(info.shape)}, and is no matrix as in its GGUF.")
+            elif parameter == "weight" and len(info.shape) == 2:
                 key = (place.expert or 0, place.slice)
                 target = f"{place.name}.weight"
                 if key in found.setdefault(target, {}):
                     raise FitError(f"{name} and {found[target][key][0]} of the base are both {target} in the GGUF.")
                 found[target][key] = (name, place)
-            elif f"{place.name}.{parameter}" not in self._template.tensors and not place.slice:
+            elif place.slice:
+                continue
+            elif f"{place.name}.{parameter}" not in self._template.tensors:
                 lost.append(name)
+            else:
+                self._vectors[f"{place.name}.{parameter}"] = name, place
         self._check_ties(found)
         lost += [sources[key][0] for name, sources in found.items() for key in sources
                  if name not in self._template.tensors]  # fmt: skip
@@ -154,10 +163,10 @@ class Templated:
                 )
             if name in found:
                 yield name, list(self._pieces_of(name, info, list(found[name].values())))
-            elif len(info.shape) > 1 and info.dtype != "F32":
+            elif len(info.shape) > 1:
                 raise FitError(
-                    f"{name} of the template is stored as {info.dtype}, and the base has nothing that it could be. Is "
-                    "it a GGUF of the same model?"
+                    f"{name} of the template, a matrix of shape {list(info.shape)}, is nothing in the base. Is it a "
+                    "GGUF of the same model?"
                 )
 
     def _check_ties(self, found: dict[str, dict[tuple[int, str], tuple[str, Place]]]) -> None:
@@ -200,11 +209,17 @@ class Templated:
     def check(self, threads: int) -> None:
         """Compare a sample of every matrix with the template's. Raises FitError where they are not one model's.
 
-        Of a matrix whose rows are in another order, the HF order must fit worse.
+        Of a matrix whose rows are in another order, the HF order must fit worse. Vectors, which are the template's,
+        must be the base's.
         """
-        items = [name for name in self._pieces if self._template.tensors[name].dtype in DTYPES]
+        self._check_vectors()
         worst, least = "", 2.0
-        for name, (cosine, other) in blocks(items, self._cosines, threads):
+        for name, (cosine, other, size) in blocks(list(self._pieces), self._cosines, threads):
+            if not 1 / _SIZES < size < _SIZES:
+                raise FitError(
+                    f"{name} of the template is not the base's: theirs is {1 / size:.2f} times as large. Is it a GGUF "
+                    "of the same model?"
+                )
             if other > cosine + 0.1:
                 raise FitError(
                     f"{name}: the template has its rows in the order of the Hugging Face model (cosine {other:.3f}, "
@@ -220,8 +235,23 @@ class Templated:
         if least < _DOUBTFUL:
             self.notes.append(f"The template's {worst} is only roughly the base's (cosine {least:.3f}).")
 
-    def _cosines(self, name: str) -> tuple[float, float]:
-        """cos(HF rows in GGUF's order, template's rows) on a sample; and in HF's order, where those differ."""
+    def _check_vectors(self) -> None:
+        for name, (source, place) in self._vectors.items():
+            info = self._base.tensors[source]
+            if not DTYPES[info.dtype].floating or info.shape != self._template.tensors[name].shape:
+                raise FitError(f"{source} of the base is not {name} of the template: another type or shape.")
+            ours, theirs = self._base.read(source).flatten().double(), self._template.read(name).flatten().double()
+            if place.heads:
+                ours = ours[row_order(len(ours), place.heads)]
+            ours = ours + (self._dialect.shift(place.name) if name.endswith(".weight") else 0)
+            if float((ours - theirs).norm()) > _VECTORS * float(theirs.norm()) + 1e-6:
+                raise FitError(
+                    f"{name} of the template is not {source} of the base, and vectors are taken from the template. "
+                    "Take a GGUF that was made of this very base (convert_hf_to_gguf.py makes one)."
+                )
+
+    def _cosines(self, name: str) -> tuple[float, float, float]:
+        """Of a sample: cos(HF rows in GGUF's order, template's rows); in HF's order, if another; ‖HF‖ / ‖template‖."""
         single_threaded()
         import torch
 
@@ -232,29 +262,39 @@ class Templated:
         first = (info.rows - count) // 2
         theirs = self._template.read(name, first, first + count)
 
-        def cosine(ours: torch.Tensor) -> float:
-            return float(torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))
+        def cosine(values: torch.Tensor) -> float:
+            return float(torch.nn.functional.cosine_similarity(values.flatten(), theirs.flatten(), dim=0))
 
-        pieces = self._pieces[name]
+        pieces, ours = self._pieces[name], self.read(name, first, first + count)
+        size = float(ours.norm()) / max(float(theirs.norm()), 1e-30)
         if not any(piece.order for piece in pieces):
-            return cosine(self.read(name, first, first + count)), -1.0
+            return cosine(ours), -1.0, size
         unordered = [replace(piece, order=()) for piece in pieces]
         plain = _read(unordered, self._base, self.tensors[name], first, first + count, None)
-        return cosine(self.read(name, first, first + count)), cosine(plain)
+        return cosine(ours), cosine(plain), size
 
 
 class Unpacked:
-    """The other way round: the matrices of a GGUF model under HF names, with HF's order of rows, dequantised."""
+    """The other way round: a GGUF model under HF names, with HF's order of rows, dequantised."""
 
     def __init__(self, model: Checkpoint) -> None:
-        self._model, dialect = model, of_gguf(model)
+        self._model, self._dialect = model, of_gguf(model)
+        dialect = self._dialect
         self.metadata: Mapping[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._pieces: dict[str, _Piece] = {}
+        self._vectors: dict[str, str] = {}
         for name, info in model.tensors.items():
             module, _, parameter = name.rpartition(".")
             spelling = next(dialect.names(module), None)
-            if parameter != "weight" or len(info.shape) < 2 or spelling is None:
+            if spelling is None and len(info.shape) > 1:
+                raise UnsupportedError(
+                    f"{name} has no name of its own in the Hugging Face model (is it fused?), so this command cannot "
+                    "use this GGUF. Give the Hugging Face model, or merge."
+                )
+            if spelling is None or len(info.shape) < 2:
+                self.tensors[f"{spelling}.{parameter}" if spelling else name] = info
+                self._vectors[f"{spelling}.{parameter}" if spelling else name] = name
                 continue
             turned = module.rpartition(".")[2] in dialect.facts.get("transposed", ())
             rows = info.shape[-2]
@@ -268,7 +308,19 @@ class Unpacked:
 
     def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """See Checkpoint."""
+        if name in self._vectors:
+            return self._vector(name, start, stop, out)
         return _read([self._pieces[name]], self._model, self.tensors[name], start, stop, out)
+
+    def _vector(self, name: str, start: int, stop: int | None, out: torch.Tensor | None) -> torch.Tensor:
+        stored = self._vectors[name]
+        module, _, parameter = stored.rpartition(".")
+        values = self._model.read(stored)
+        heads = self._dialect.heads_of(module)
+        if heads:
+            values = values[inverse(row_order(len(values), heads))]
+        values = (values - (self._dialect.shift(module) if parameter == "weight" else 0))[start:stop]
+        return values if out is None else out.copy_(values)
 
     def span(self, name: str) -> Span | None:
         return None

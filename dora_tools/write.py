@@ -322,7 +322,7 @@ class _Worker:
             if not bool(written.isfinite().all()) and bool(values.isfinite().all()):
                 raise FitError(
                     f"{name} holds values beyond the range of {dtype}{' (65504)' * (dtype == 'F16')}. "
-                    "Use --dtype bfloat16 or float32."
+                    "Use a wider type: --dtype bfloat16 or float32, of a GGUF --gguf-type bf16 or f32."
                 )
         output = self._outputs[item.file]
         output.write(at, raw[:size].numpy().data)

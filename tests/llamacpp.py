@@ -93,6 +93,7 @@ def _run(order: dict[str, Any]) -> Floats:
     params.n_ctx = max(256, 8 + max(map(len, order["tokens"])))
     params.n_parallel = 1
     params.n_gpu_layers = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # two spin, for seconds on busy cores
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.no_extra_bufts = True

@@ -97,15 +97,21 @@ def _print_storing(storing: Storing, console: Console, every: bool) -> None:
     for head in ("stored", "tensors", "gain", "error/‖Δ‖", "error/‖W'‖"):
         table.add_column(head, justify="left" if head == "stored" else "right")
     groups: dict[str, list[str]] = {}
+    merged = storing.binding.bound
     for name in rounding.tensors:
-        groups.setdefault(f"{before[name].dtype} → {storing.dtypes.get(name, before[name].dtype)}", []).append(name)
-    rows = [(kinds, str(len(names)), rounding.total(names)) for kinds, names in groups.items()]
+        label = f"{before[name].dtype} → {storing.dtypes.get(name, before[name].dtype)}"
+        groups.setdefault(label if name in merged else f"{label}, not merged", []).append(name)
+    rows = [(kinds, str(len(names)), rounding.total(names)) for kinds, names in sorted(groups.items())]
+    if len(groups) > 1:
+        rows.append(("all merged", str(len(merged)), rounding.total(merged)))
     if every:
         rows += [(name, "", rounded) for name, rounded in rounding.tensors.items()]
     for label, count, r in rows:
         gain, error = ("–" if x is None else f"{x:.3f}" for x in (r.gain, r.error))
         table.add_row(label, count, gain, error, f"{r.relative:.1e}")
     console.print(table)
+    for warning in storing.warnings:
+        console.print(f"note: {warning}")
 
 
 def _report(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float) -> dict[str, Any]:
@@ -149,6 +155,9 @@ def _print(plan: MergePlan, result: Merged | None, dry_run: bool, seconds: float
             console.print(
                 f"{item.name}: {scaling['modules']} modules, scaling {scaling['value']:g} = {scaling['source']}"
             )
+    if dry_run and plan.storing is not None:
+        kinds = plan.storing.planned
+        console.print("Stored: " + ", ".join(f"{pair} ({count})" for pair, count in kinds.items()))
     if result is not None and plan.storing is not None:
         _print_storing(plan.storing, console, stats)
     if result is not None and stats:

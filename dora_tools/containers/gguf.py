@@ -7,6 +7,7 @@ of the file before it is used; vocabularies are walked over, never decoded.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import struct
 import threading
@@ -54,6 +55,10 @@ class Header:
     places: Mapping[str, tuple[int, int]]
     offsets: Mapping[str, int]
     types: Mapping[str, str]
+
+    def digest(self) -> str:
+        """SHA-256 of the metadata's bytes."""
+        return hashlib.sha256(Source(self.path).pread(self.kv.offset, self.kv.length)).hexdigest()
 
     @property
     def alignment(self) -> int:

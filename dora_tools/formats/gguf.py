@@ -42,7 +42,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     kind = values.get("adapter.type") if values.get("general.type") == "adapter" else None
     if kind != "lora":
         raise InputError(
-            f"This is a GGUF of a {values.get('general.type', 'model')}{f' ({kind})' if kind else ''}, not of a LoRA "
+            f"This GGUF is of type {values.get('general.type', 'model')}{f' ({kind})' if kind else ''}, no LoRA "
             "adapter. A model is a base: give it with --base."
         )
     if "adapter.alora.invocation_tokens" in next(iter(checkpoint.metadata["gguf"].values())).places:
@@ -158,6 +158,10 @@ def _write(adapter: Adapter, target: Target) -> Written:
     for update, original in zip(translated.updates, adapter.updates, strict=True):
         if not isinstance(update.delta, LowRank) or update.bias is not None:
             raise TargetError(f"{original.module}: llama.cpp's adapters hold low-rank updates without bias. Merge it.")
+        if update.kind == "embedding" and f"{update.module}.weight" != EMBEDDING:
+            raise TargetError(
+                f"{original.module}: llama.cpp applies adapters to no embedding but the tokens'. Merge it."
+            )
         if tied and f"{update.module}.weight" in (EMBEDDING, HEAD):
             raise TargetError(
                 f"{original.module}: in this model the embedding is the head too, and llama.cpp aborts on an adapter "
@@ -166,6 +170,9 @@ def _write(adapter: Adapter, target: Target) -> Written:
     groups: dict[str, list[Update]] = {}
     for update in translated.updates:
         groups.setdefault(f"{update.module}.weight", []).append(update)
+    for name, updates in groups.items():
+        if len({u.delta.shape for u in updates}) > 1 and name.endswith("_exps.weight"):
+            raise TargetError(f"{name}: the experts' updates are of different sizes, so they are not of one stack.")
     experts = {name: _experts(name, updates, dialect, target) for name, updates in groups.items()}
     ranks = {name: _rank(updates, experts[name]) for name, updates in groups.items()}
     products = Counter(

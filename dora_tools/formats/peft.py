@@ -158,7 +158,9 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         {"peft": _own_options(checkpoint, config), "modules": tuple(modules)},
         tuple(notes),
     )
-    base = _own_base(checkpoint, updates, replaced)
+    # an adapter's directory may hold a base weight or two (saved embeddings), but no model
+    gathered = bare or "hyper_parameters" in checkpoint.metadata
+    base = _own_base(checkpoint, updates, replaced) if gathered else None
     if base is not None:
         own = {f"{update.module}.{part}" for update in updates for part in ("weight", "bias")}
         adapter = replace(adapter, replaced={name: r for name, r in replaced.items() if name not in own})

@@ -20,7 +20,7 @@ from ..adapter import Adapter, Delta, LowRank, Replacement, Unchanged, Update
 from ..checkpoint import Checkpoint, Ref, TensorInfo
 from ..errors import FitError, InputError, TargetError, UnsupportedError
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
 # what may stand before the names of the table: (dropped, put in its place)
 _PREFIXES = (
     ("", ""),
@@ -29,12 +29,15 @@ _PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.", ""),
     ("language_model.", "model."),
-    ("model.", ""),
     ("bert.", ""),
     ("roberta.", ""),
-    ("transformer.", ""),
 )
+_FUSED = {
+    "attn_qkv": {"attn_q": "q", "attn_k": "k", "attn_v": "v"},
+    "ffn_gate_up_exps": {"ffn_gate_exps": "gate", "ffn_up_exps": "up"},
+}
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
+_EMBEDDINGS = frozenset(["token_embd", "position_embd", "token_types"])
 
 
 @cache
@@ -124,6 +127,11 @@ class Dialect:
     def permutes(self) -> bool:
         return bool(self.facts.get("permute"))
 
+    def shift(self, module: str) -> float:
+        """What llama.cpp's converter adds to the weight of a norm."""
+        shifted = module.rpartition(".")[2] in self.facts.get("shifted", ())
+        return float(self.facts.get("norm_shift", 0)) if shifted else 0.0
+
     def may_untie(self) -> bool:
         """Whether llama.cpp reads an ``output.weight`` of a model whose head is tied to its embedding."""
         return bool(self.facts.get("separate_output"))
@@ -133,7 +141,7 @@ class Dialect:
     def place(self, module: str) -> Place | None:
         """Where an HF module lies; None where the architecture has no such module."""
         for drop, add in _PREFIXES:
-            if not module.startswith(drop):
+            if not module.startswith(drop) or (drop.endswith("bert.") and "bert" not in self.architecture):
                 continue
             path = add + module.removeprefix(drop)
             found = self._hf.get(_NUMBER.sub("{}", path))
@@ -148,10 +156,7 @@ class Dialect:
         if f"{name}.weight" in self.known or block is None:
             return place
         stem, _, leaf = name.rpartition(".")
-        for fused, slices in (
-            ("attn_qkv", {"attn_q": "q", "attn_k": "k", "attn_v": "v"}),
-            ("ffn_gate_up_exps", {"ffn_gate_exps": "gate", "ffn_up_exps": "up"}),
-        ):
+        for fused, slices in _FUSED.items():
             if leaf in slices and f"{stem}.{fused}.weight" in self.known:
                 return replace(place, name=f"{stem}.{fused}", slice=slices[leaf])
         return place
@@ -168,7 +173,15 @@ class Dialect:
         return self._count(self.heads if leaf == "attn_q" else self.heads_kv, block)
 
     def _count(self, heads: tuple[int, ...], block: int | None) -> int:
-        if not heads or (len(heads) > 1 and (block is None or block >= len(heads))):
+        if len(heads) > 1 and (block is None or block >= len(heads)):
+            raise FitError(f"The GGUF model has {len(heads)} blocks, and the adapter is of a block {block}.")
+        if heads and heads[0 if len(heads) == 1 else block or 0] < 1:
+            raise FitError(f"The metadata of the GGUF model says that block {block} has no attention heads.")
+        if not heads and self.known:
+            raise FitError(
+                f"The GGUF base does not say how many heads it has ({self.architecture}.attention.head_count)."
+            )
+        if not heads:
             raise InputError(
                 f"The rows of q and k are in another order in GGUF files of '{self.architecture}', and how many heads "
                 "the model has is not known: say --base, the model that it is of (its config.json or its GGUF)."
@@ -176,18 +189,42 @@ class Dialect:
         return heads[0] if len(heads) == 1 else heads[block or 0]
 
     def part(self, place: Place, rows: int) -> tuple[int, int] | None:
-        """Which rows of the stored tensor an HF matrix of so many ``rows`` takes up; None: all of them."""
-        if place.slice in ("q", "k", "v"):
-            whole = self.known[f"{place.name}.weight"].rows
-            q, kv = self._count(self.heads, place.block), self._count(self.heads_kv, place.block)
-            size = whole // (q + 2 * kv)
-            start = {"q": 0, "k": q * size, "v": (q + kv) * size}[place.slice]
-            return start, start + rows
+        """Which rows of the stored tensor an HF matrix of so many ``rows`` takes up; None: all of them.
+
+        Raises FitError where the base's are not so many.
+        """
+        info = self.known.get(f"{place.name}.weight")
+        if place.slice in ("q", "k", "v") and info is not None:
+            start, end = self.slices(place.name, place.block)[place.slice]
+            if rows != end - start:
+                raise FitError(
+                    f"{place.name}: the adapter's {place.slice} has {rows} rows, and that of the base {end - start}. "
+                    "Is this the right base model?"
+                )
+            return start, end
         if place.expert is None:
             return None
-        step = 2 * rows if place.slice else rows
+        if info is not None and place.expert >= info.shape[0]:
+            raise FitError(
+                f"{place.name} of the base has {info.shape[0]} experts, and the adapter is of a number {place.expert}."
+            )
+        step = (2 if place.slice else 1) * rows
+        if info is not None and step != info.shape[-2]:
+            raise FitError(
+                f"{place.name}: an expert of the base has {info.shape[-2]} rows, and the adapter's makes {step}. Is "
+                "this the right base model?"
+            )
         start = place.expert * step + (rows if place.slice == "up" else 0)
         return start, start + rows
+
+    def slices(self, name: str, block: int | None) -> dict[str, tuple[int, int]]:
+        """The rows of q, k and v in a fused projection of the base. Raises FitError where they cannot be told."""
+        rows = self.known[f"{name}.weight"].rows
+        q, kv = self._count(self.heads, block), self._count(self.heads_kv, block)
+        if rows % (q + 2 * kv):
+            raise FitError(f"{name} of the base has {rows} rows, which are not {q} heads and twice {kv}.")
+        size = rows // (q + 2 * kv)
+        return {"q": (0, q * size), "k": (q * size, (q + kv) * size), "v": ((q + kv) * size, rows)}
 
     def adapter(self, adapter: Adapter) -> Adapter:
         """An adapter with HF names as one of the GGUF: names, row orders, and parts of stacked or fused tensors.
@@ -204,6 +241,7 @@ class Dialect:
                 "the right base? If it is, merge into the Hugging Face model and convert that with "
                 "convert_hf_to_gguf.py."
             )
+        _refuse_twice({**places, **{name: p for name, p in owners.items() if name.endswith(".weight")}})
         scaled = [p.name for p in (*places.values(), *owners.values()) if p and f"{p.name}.scale" in self.known]
         if scaled:
             raise UnsupportedError(
@@ -211,9 +249,12 @@ class Dialect:
                 "merged weight could not keep. Merge into another GGUF of the model, or into its Hugging Face weights."
             )
         updates = tuple(self._update(u, place) for u in adapter.updates if (place := places[u.module]))
-        replaced = dict(
-            self._replacement(name, adapter.replaced[name], place) for name, place in owners.items() if place
-        )
+        replaced: dict[str, Replacement] = {}
+        for name, place in owners.items():
+            full, replacement = self._replacement(name, adapter.replaced[name], place or Place(""))
+            if full in replaced:
+                raise FitError(f"{name} and {replaced[full].tensor.key} of the adapter are both {full} in the GGUF.")
+            replaced[full] = replacement
         return replace(adapter, updates=updates, replaced=replaced)
 
     def _update(self, update: Update, place: Place) -> Update:
@@ -222,11 +263,29 @@ class Dialect:
             out = update.magnitude.vector.shape[0]
         if update.kind == "conv" or update.part is not None:
             raise UnsupportedError(f"{update.module} is no linear layer, embedding or expert of a GGUF model.")
+        embedding = place.name in _EMBEDDINGS
+        if update.kind == "embedding" and not embedding:
+            raise FitError(
+                f"{update.module} has the factors of an embedding, and is {place.name} in the GGUF, a layer."
+            )
+        known = self.known.get(f"{place.name}.weight")
+        if embedding and known is not None and max(update.delta.shape) > max(known.shape):
+            raise FitError(
+                f"{update.module} is of {max(update.delta.shape)} tokens, and the GGUF has {max(known.shape)}: "
+                "llama.cpp's converter may have cut off what the tokenizer does not use. Merge into the Hugging Face "
+                "model and convert that with convert_hf_to_gguf.py."
+            )
         update = replace(update, module=place.name, transposed=False, told=True)
         if update.kind == "embedding":
             return update
+        part = self.part(place, out)
+        if not part and known is not None and len(known.shape) == 2 and out != known.shape[0] and place.heads:
+            raise FitError(
+                f"{place.name}: the adapter's has {out} rows, and the base's {known.shape[0]}. Is this the right base "
+                "model?"
+            )
         moved = _reordered(update, row_order(out, place.heads)) if place.heads else update
-        return replace(moved, part=self.part(place, out))
+        return replace(moved, part=part)
 
     def _replacement(self, name: str, replacement: Replacement, place: Place) -> tuple[str, Replacement]:
         tensor, parameter = replacement.tensor, name.rpartition(".")[2]
@@ -240,16 +299,19 @@ class Dialect:
             tensor = tensor.rows(row_order(tensor.shape[0], place.heads))
         if parameter == "weight" and leaf in self.facts.get("transposed", ()):
             tensor = tensor.T
-        shift = self.facts.get("norm_shift", 0) if leaf in self.facts.get("shifted", ()) else 0
+        shift = self.shift(place.name)
         if shift and parameter == "weight":
             tensor = _shifted(tensor, shift)
         full = f"{place.name}.{parameter}"
-        base = self.known.get(full)
+        base = self.known.get(full, self.known.get(EMBEDDING) if full == HEAD else None)
         if base is not None and base.shape != tensor.shape:
+            grown = (
+                " Of a vocabulary that grew, the new tokens would have to be in the GGUF too: merge into the Hugging "
+                "Face model and convert that with convert_hf_to_gguf.py."
+            )
             raise FitError(
-                f"{name} has shape {list(tensor.shape)} and the GGUF's {full} {list(base.shape)}. Of a vocabulary that "
-                "grew, the new tokens would have to be in the GGUF too: merge into the Hugging Face model and convert "
-                "that with convert_hf_to_gguf.py."
+                f"{name} has shape {list(replacement.tensor.shape)} and the GGUF's {full} {list(base.shape)}. Is this "
+                f"the right base model?{grown if full in (EMBEDDING, HEAD) else ''}"
             )
         return full, replace(replacement, tensor=tensor)
 
@@ -258,7 +320,8 @@ class Dialect:
     def names(self, name: str) -> Iterator[str]:
         """All HF names of a GGUF module; the experts of a stacked one have {} for their number."""
         numbers = _NUMBER.findall(name)
-        for spelling in self.spellings.get(_NUMBER.sub("{}", name), ()):
+        template = _NUMBER.sub("{}", name)
+        for spelling in self.spellings.get(template, ()) if template.count("{}") == len(numbers) else ():
             yield spelling.format(*numbers, *["{}"] * (spelling.count("{}") - len(numbers)))
 
     def back(self, adapter: Adapter, known: Mapping[str, TensorInfo] | None = None, reorder: bool = True) -> Adapter:
@@ -267,12 +330,43 @@ class Dialect:
         Without ``reorder`` the rows stay as they are. Raises FitError for names that the architecture does not have,
         and InputError where it is not known how many heads there are.
         """
-        return replace(adapter, updates=tuple(self._update_back(u, known or {}, reorder) for u in adapter.updates))
+        apart = [piece for update in adapter.updates for piece in self._apart(update)]
+        return replace(adapter, updates=tuple(self._update_back(u, known or {}, reorder) for u in apart))
+
+    def _apart(self, update: Update) -> Iterator[Update]:
+        """The updates of the matrices that the base has fused, which share their lora_A; else the update itself."""
+        stem, _, leaf = update.module.rpartition(".")
+        fused, delta = _FUSED.get(leaf, {}), update.delta
+        if any(self.names(update.module)) or not fused or not isinstance(delta, LowRank):
+            yield update
+            return
+        if f"{update.module}.weight" not in self.known:
+            raise FitError(f"{update.module} is a fused tensor: say --base, the GGUF that has it.")
+        rows = delta.shape[0]
+        block = next(iter(_NUMBER.findall(update.module)), None)
+        where = (
+            self.slices(update.module, int(block) if block else None)
+            if leaf == "attn_qkv"
+            else {"gate": (0, rows // 2), "up": (rows // 2, rows)}
+        )
+        for name, piece in fused.items():
+            first, last = where[piece]
+            expert = update.part[0] // rows if update.part else None
+            height = last - first
+            yield replace(
+                update,
+                module=f"{stem}.{name}",
+                delta=replace(delta, lora_B=delta.lora_B.rows(slice(first, last))),
+                part=(expert * height, (expert + 1) * height) if expert is not None else None,
+            )
 
     def _update_back(self, update: Update, known: Mapping[str, TensorInfo], reorder: bool) -> Update:
         names = list(self.names(update.module))
-        if not names:
-            raise FitError(f"{update.module} is no tensor of a GGUF model of architecture '{self.architecture}'.")
+        if not names or any("{}" in name for name in names) != (update.part is not None):
+            raise FitError(
+                f"{update.module} is no tensor of a GGUF model of architecture '{self.architecture}', or one of other "
+                "dimensions."
+            )
         out = update.delta.shape[0]
         expert = update.part[0] // out if update.part else None
         spelled = [name.format(expert) for name in names]
@@ -282,6 +376,17 @@ class Dialect:
         update = replace(update, part=None, told=False, transposed=leaf in self.facts.get("transposed", ()))
         moved = _reordered(update, inverse(row_order(out, heads))) if heads else update
         return replace(moved, module=module)
+
+
+def _refuse_twice(places: Mapping[str, Place | None]) -> None:
+    """Two names for one place would be one too many. Raises FitError."""
+    seen: dict[tuple[str, int | None, str], str] = {}
+    for name, place in places.items():
+        if place is None:
+            continue
+        module, at = name.removesuffix(".weight"), (place.name, place.expert, place.slice)
+        if seen.setdefault(at, module) != module:
+            raise FitError(f"{seen[at]} and {module} of the adapter are both {place.name} in the GGUF.")
 
 
 def _reordered(update: Update, order: Sequence[int]) -> Update:
@@ -318,9 +423,11 @@ def of_config(config: Mapping[str, Any], architecture: str | None = None) -> Dia
     inner: Mapping[str, Any] = text if isinstance(text, Mapping) else {}
     types = [c.get("model_type") for c in (config, inner)]  # of a multimodal model the whole's type is the closer one
     config = {**config, **inner}
-    if architecture is None:
-        rows = _table()["architectures"].items()
-        architecture = next((name for kind in types for name, row in rows if kind in row["model_types"]), None)
+    rows = _table()["architectures"].items()
+    found = next((name for kind in types for name, row in rows if kind in row["model_types"]), None)
+    if architecture is not None and found not in (architecture, None):
+        raise TargetError(f"--arch says {architecture}, and the base is of '{found}'.")
+    architecture = architecture or found
     if architecture is None:
         raise TargetError(
             f"Of models of type '{types[0]}' the GGUF layout is not known here. Known GGUF architectures: "
