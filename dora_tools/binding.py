@@ -430,8 +430,6 @@ def _replacements(plan: _Plan, view: Checkpoint) -> Tensors:
     """The replacements as a checkpoint; those that are new take the base's commonest type and its last file."""
     floats = Counter(info.dtype for info in view.tensors.values() if DTYPES[info.dtype].floating)
     dtype = floats.most_common(1)[0][0] if floats else "F32"
-    if plan.dialect and EMBEDDING in view.tensors:
-        dtype = view.tensors[EMBEDDING].dtype  # the only tensor that can be new in a GGUF is a head
     last = max((info.file for info in view.tensors.values()), default="model.safetensors")
     return Tensors({n: replace(r.tensor, dtype=dtype) for n, r in plan.replaced.items()}, last)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .binding import Binding
 from .dtypes import DTYPES, GGUF_WRITES, LIBGGUF_WRITES
 from .errors import TargetError, UsageError
-from .names.gguf import of_gguf
+from .names.gguf import EMBEDDING, of_gguf
 from .recipes import FILE_TYPES, MIXES, Model, named, types_of
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Storing:
         tensors = self.binding.base.tensors
         touched = {*self.binding.bound, *self.binding.saved}
         if self.choice == "auto":
-            found = {n: _roomy(i.dtype, i.width) for n, i in tensors.items() if n in touched}
+            kinds = {n: self._was(n) if n in self.binding.added else tensors[n].dtype for n in touched}
+            found = {n: _roomy(kind, tensors[n].width) for n, kind in kinds.items()}
         elif self.choice == "keep":
             found = {n: self._was(n) for n in tensors}
             touched |= {n for n, kind in found.items() if kind != tensors[n].dtype}
@@ -60,10 +61,14 @@ class Storing:
         self.dtypes = {name: kind for name, kind in found.items() if kind != tensors[name].dtype}
 
     def _was(self, name: str) -> str:
-        """What a tensor is stored as in the GGUF that gives the shape: the base, or the template."""
+        """What a tensor is stored as in the GGUF that gives the shape: the base, or the template.
+
+        A head that was the embedding is stored as that.
+        """
         info = self.binding.base.tensors[name]
         headers = self.binding.base.metadata["gguf"].values()
-        kind: str = next((header.types[name] for header in headers if name in header.types), info.dtype)
+        named = EMBEDDING if name in self.binding.added else name
+        kind: str = next((header.types[named] for header in headers if named in header.types), info.dtype)
         return kind
 
     @property
@@ -101,10 +106,11 @@ class Storing:
         return self.rounding
 
     def judge(self) -> None:
-        """Raises TargetError where storing the merged weights so would lose the adapter."""
-        total = self.rounding.total(self.binding.bound) if self.rounding is not None else None
+        """Raises TargetError where quantising the merged weights so would lose the adapter."""
+        tensors = self.binding.base.tensors
+        coarse = [n for n in self.binding.bound if DTYPES[self.dtypes.get(n, tensors[n].dtype)].quantised]
+        total = self.rounding.total(coarse) if self.rounding is not None else None
         if total is not None and total.lost and not self.allow_loss:
-            tensors = self.binding.base.tensors
             again = any(DTYPES[tensors[name].dtype].quantised for name in self.binding.bound)
             better = "merge from the full-precision model (--base HF_DIR --like GGUF), " if again else ""
             raise TargetError(
@@ -128,6 +134,8 @@ class Storing:
             return []
         if total.change < 1e-6:
             return [f"The adapter hardly changes the weights (‖Δ‖/‖W'‖ = {total.change:.0e})."]
+        if total.lost:
+            return [f"{total.gain:.0%} of the adapter is left after rounding; a wider --gguf-type keeps more of it."]
         if total.error > 1:
             return [
                 f"Rounding adds an error of {total.error:.1f} times the adapter's size; a wider --gguf-type adds less."
