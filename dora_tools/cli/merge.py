@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @click.option("--base", metavar="BASE", help="The model to merge into. Default: the one that the adapter names.")
-@click.option("-o", "--out", required=True, metavar="OUT", help="Directory to write (a file, if BASE is one).")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    metavar="OUT",
+    help="Directory to write, or a file if BASE is one (a .gguf file for GGUF).",
+)
 @click.option(
     "--strength", type=float, multiple=True, metavar="W", help="W' = W + w·(merged − W); once, or per adapter."
 )
@@ -60,10 +66,12 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Merge ADAPTERs into the dense weights of BASE.
+    """Merge ADAPTERs into the weights of BASE: a Hugging Face model, or a GGUF file.
 
     OUT gets BASE's own files: the same shards, names, order and stored types, with config, tokenizer and index, a card
-    and a manifest (dora_tools.json). Tensors that the adapters do not touch are copied byte for byte.
+    and a manifest (dora_tools.json). Of a GGUF, OUT is a .gguf file (or a directory), and what is merged into quantised
+    tensors is stored as Q8_0 unless --gguf-type says otherwise. Tensors that the adapters do not touch are copied byte
+    for byte.
     """
     from .. import api
 
