@@ -10,21 +10,17 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint import Checkpoint, Span, TensorInfo
-from ..dtypes import DTYPES, GGML, decode
+from ..dtypes import DTYPES, GGML
 from ..errors import InputError, UnsupportedError
 from ..layout import Computed, File, Piece
-from .source import Source
-
-if TYPE_CHECKING:
-    import torch
+from .source import Source, Stored
 
 MAGIC = b"GGUF"
 _ARRAY, _STRING = 9, 8
@@ -65,42 +61,20 @@ class Header:
         return int(self.values.get("general.alignment", 32))  # type: ignore[arg-type]
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(Stored):
     """One file, or all files of a split, as a Checkpoint. Keys of ``metadata``: ``gguf`` (headers by file name)."""
 
     def __init__(self, files: Sequence[Path], metadata: Mapping[str, Any] | None = None) -> None:
-        self.tensors: dict[str, TensorInfo] = {}
-        self._headers: dict[str, Header] = {}
-        self._sources: dict[str, Source] = {}
-        self._scratch = threading.local()
+        super().__init__()
+        headers: dict[str, Header] = {}
         for path in files:
             source = Source(path)
             header, tensors = _Parser(source, path).parse()
             for name in self.tensors.keys() & tensors.keys():
                 raise InputError(f"{path} holds {name}, which is in {self.tensors[name].file} too.")
-            self.tensors.update(tensors)
-            self._headers[path.name], self._sources[path.name] = header, source
-        self.metadata: Mapping[str, Any] = {**(metadata or {}), "gguf": self._headers}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See Checkpoint. Raises InputError where the file cannot be read or its type cannot be decoded."""
-        import torch
-
-        info = self.tensors[name]
-        stop = info.rows if stop is None else stop
-        count = info.bytes_of((stop - start) * info.width)
-        raw: torch.Tensor | None = getattr(self._scratch, "raw", None)
-        if raw is None or raw.numel() < count or out is None:
-            raw = torch.empty(count, dtype=torch.uint8)
-            if out is not None:
-                self._scratch.raw = raw
-        offset = self._headers[info.file].offsets[name] + info.bytes_of(start * info.width)
-        self._sources[info.file].readinto(offset, raw[:count].numpy().data)
-        return decode(raw[:count], info.dtype, out).view(stop - start, info.width)
-
-    def span(self, name: str) -> Span | None:
-        info = self.tensors[name]
-        return Span(self._sources[info.file].path, self._headers[info.file].offsets[name], info.nbytes)
+            self.add(source, tensors, header.offsets)
+            headers[path.name] = header
+        self.metadata = {**(metadata or {}), "gguf": headers}
 
 
 def is_gguf(path: Path) -> bool:

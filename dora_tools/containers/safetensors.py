@@ -7,21 +7,17 @@ each tensor lies, plus what the library does not check: names that stand twice, 
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..checkpoint import Checkpoint, Span, TensorInfo
-from ..dtypes import DTYPES, decode
+from ..checkpoint import Checkpoint, TensorInfo
+from ..dtypes import DTYPES
 from ..errors import InputError, UsageError
 from ..layout import Computed, File, Piece
-from .source import Source
-
-if TYPE_CHECKING:
-    import torch
+from .source import Source, Stored
 
 # save_file puts the types in this order, and names alphabetically within one (the library's enum, backwards)
 _ORDER = [
@@ -61,14 +57,12 @@ class Header:
     metadata: Mapping[str, str]
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(Stored):
     """One file, or the shards of a directory, as a Checkpoint. Keys of ``metadata``: ``headers`` (by file name)."""
 
     def __init__(self, files: Iterable[Path], metadata: Mapping[str, Any] | None = None) -> None:
-        self.tensors: dict[str, TensorInfo] = {}
+        super().__init__()
         headers: dict[str, Header] = {}
-        self._sources: dict[str, Source] = {}
-        self._scratch = threading.local()
         for path in files:
             source, header, tensors = _open(path)
             twice = self.tensors.keys() & tensors.keys()
@@ -78,30 +72,9 @@ class SafetensorsCheckpoint:
                     f"Tensor '{name}' stands in {self.tensors[name].file} and in {path.name}: one of the two is stale. "
                     "Keep the shards of one save only."
                 )
-            self.tensors.update(tensors)
-            headers[path.name], self._sources[path.name] = header, source
-        self.metadata: Mapping[str, Any] = {**(metadata or {}), "headers": headers}
-        self._headers = headers
-
-    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """See Checkpoint. Raises InputError where the file cannot be read or its type cannot be decoded."""
-        import torch
-
-        info = self.tensors[name]
-        stop = info.rows if stop is None else stop
-        count = info.bytes_of((stop - start) * info.width)
-        raw: torch.Tensor | None = getattr(self._scratch, "raw", None)
-        if raw is None or raw.numel() < count or out is None:
-            raw = torch.empty(count, dtype=torch.uint8)
-            if out is not None:
-                self._scratch.raw = raw
-        offset = self._headers[info.file].offsets[name] + info.bytes_of(start * info.width)
-        self._sources[info.file].readinto(offset, raw[:count].numpy().data)
-        return decode(raw[:count], info.dtype, out).view(stop - start, info.width)
-
-    def span(self, name: str) -> Span | None:
-        info = self.tensors[name]
-        return Span(self._sources[info.file].path, self._headers[info.file].offsets[name], info.nbytes)
+            self.add(source, tensors, header.offsets)
+            headers[path.name] = header
+        self.metadata = {**(metadata or {}), "headers": headers}
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

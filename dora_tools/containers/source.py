@@ -1,4 +1,4 @@
-"""A file read at offsets: the one way in which containers touch bytes."""
+"""A file read at offsets, the one way in which containers touch bytes; and tensors that lie in files as they are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import os
 import stat
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import Span, TensorInfo
+from ..dtypes import decode
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Source:
@@ -56,3 +63,41 @@ class Source:
         with self._seek:  # Windows has no positional read
             self._file.seek(offset)
             return self._file.readinto(buffer) or 0
+
+
+class Stored:
+    """A Checkpoint of tensors each of which lies in one piece of one file, in its final bytes."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: Mapping[str, Any] = {}
+        self._sources: dict[str, Source] = {}
+        self._offsets: dict[str, int] = {}
+        self._scratch = threading.local()
+
+    def add(self, source: Source, tensors: Mapping[str, TensorInfo], offsets: Mapping[str, int]) -> None:
+        """The tensors of one file, and where in it the data of each begin."""
+        self._sources[source.path.name] = source
+        self.tensors.update(tensors)
+        self._offsets.update(offsets)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See Checkpoint. Raises InputError where the file cannot be read or its type cannot be decoded."""
+        import torch
+
+        info = self.tensors[name]
+        stop = info.rows if stop is None else stop
+        count = info.bytes_of((stop - start) * info.width)
+        raw: torch.Tensor | None = getattr(self._scratch, "raw", None)
+        if raw is None or raw.numel() < count or out is None:
+            raw = torch.empty(count, dtype=torch.uint8)
+            if out is not None:
+                self._scratch.raw = raw
+        offset = self._offsets[name] + info.bytes_of(start * info.width)
+        self._sources[info.file].readinto(offset, raw[:count].numpy().data)
+        return decode(raw[:count], info.dtype, out).view(stop - start, info.width)
+
+    def span(self, name: str) -> Span | None:
+        """See Checkpoint."""
+        info = self.tensors[name]
+        return Span(self._sources[info.file].path, self._offsets[name], info.nbytes)
