@@ -84,6 +84,11 @@ class Rounded:
     elements: int
 
     @property
+    def left(self) -> float:
+        """How much of Δ is there: the gain, where that is more than 0."""
+        return max(0.0, self.gain or 0.0)
+
+    @property
     def lost(self) -> bool:
         """Whether less than half of Δ is there, or half too much, beyond what the noise of rounding may feign.
 

@@ -114,7 +114,7 @@ class Storing:
             again = any(DTYPES[tensors[name].dtype].quantised for name in self.binding.bound)
             better = "merge from the full-precision model (--base HF_DIR --like GGUF), " if again else ""
             raise TargetError(
-                f"Stored like this (--gguf-type {self.choice}), {max(0.0, total.gain):.0%} of the adapter would be left in the "
+                f"Stored like this (--gguf-type {self.choice}), {total.left:.0%} of the adapter would be left in the "
                 f"weights, with an error of {total.error:.2f} times its size: rounding to these types undoes it. "
                 f"Choose a wider type (q8_0, f16), {better}or insist with --allow-loss. Nothing was written."
             )
@@ -135,9 +135,7 @@ class Storing:
         if total.change < 1e-6:
             return [f"The adapter hardly changes the weights (‖Δ‖/‖W'‖ = {total.change:.0e})."]
         if total.lost:
-            return [
-                f"{max(0.0, total.gain):.0%} of the adapter is left after rounding; a wider --gguf-type keeps more of it."
-            ]
+            return [f"{total.left:.0%} of the adapter is left after rounding; a wider --gguf-type keeps more of it."]
         if total.error > 1:
             return [
                 f"Rounding adds an error of {total.error:.1f} times the adapter's size; a wider --gguf-type adds less."
