@@ -17,6 +17,7 @@ from .dtypes import dtype_named
 from .errors import InputError, TargetError, UsageError
 from .formats import Given
 from .layout import File, Layout
+from .names.gguf import settings
 from .names.places import found
 from .names.ties import may_be_tied
 from .opening import (
@@ -68,7 +69,7 @@ def write_adapter(
     if writer is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
     written = writer(adapter, formats.Target(arch, cache(lambda: base_of(like)) if like is not None else None))
-    if like is not None:
+    if like is not None and formats.named(format).for_model:
         bind([(adapter, 1.0)], base_of(like))  # whatever has no place in it, or another shape, is refused here
     folder, name = Path(path), written.file
     single = folder.suffix == Path(name).suffix == ".gguf"
@@ -86,11 +87,15 @@ def write_adapter(
     return written.notes
 
 
-def check_output(path: str | Path, format: str, force: bool, sources: Iterable[Path]) -> None:
+def check_output(
+    path: str | Path, format: str, force: bool, sources: Iterable[Path], like: BaseLike | None = None
+) -> None:
     """What ``write_adapter`` would refuse whatever the adapter is. Raises UsageError, TargetError."""
     check_table(format)
     if formats.named(format).write is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
+    if formats.named(format).for_model and like is None:
+        raise UsageError(f"--to {format} needs --base, the model that the adapter is to fit.")
     folder = Path(path)
     if folder.suffix == ".gguf" and format == "gguf":
         check_file(folder, sources, force)
@@ -119,7 +124,7 @@ def convert(
     model) or ``arch`` (its GGUF architecture): for whom a GGUF adapter is written; else ``base`` tells. Raises
     InputError for what cannot be read and TargetError for what ``to`` cannot hold.
     """
-    if to != "gguf" and (like is not None or arch is not None):
+    if not formats.named(to).for_model and (like is not None or arch is not None):
         raise UsageError("--like and --arch say for which model a GGUF adapter is written; they are for --to gguf.")
     check_table(format)
     check_table(to)
@@ -136,6 +141,8 @@ def convert(
             f"The file holds the whole model, so {len(adapter.replaced)} tensors that may not have been trained are "
             "carried along; with --base, those that are as in the base are left out.",
         )
+    if model is not None and not formats.named(to).for_model:  # those are fitted when they are written
+        bind([(adapter, 1.0)], base_of(model))
     models = [hub.resolve(m, "base") for m in (like, base) if isinstance(m, str | Path)]
     return (*adapter.notes, *left, *write_adapter(adapter, out, to, force, [place, *models], like=model, arch=arch))
 
@@ -173,21 +180,16 @@ def inspect(
     """
     place = adapter_home(hub.resolve(path, "adapter"))
     opened = containers.open_checkpoint(place)
-    if format is None and _is_model(opened):
+    if format is None and "gguf" in opened.metadata and settings(opened).get("general.type") != "adapter":
         if base is not None or stats:
             raise UsageError(f"{path} is a GGUF model, not an adapter; --base, --stats and --plot are for adapters.")
         return summarise_model(opened, str(path))
-    reading, _ = read(path, format, with_base(given, base))
+    reading = formats.read(opened, str(path), format, with_base(given, base))
     placed: dict[str, str] = {}
     if base is not None:
         binding = bind([(reading.adapter, 1.0)], base_of(base))
         placed = {b.module: name for name, bounds in binding.bound.items() for b in bounds if name.endswith("weight")}
     return summarise(reading.adapter, str(path), reading.left_out, stats, placed)
-
-
-def _is_model(checkpoint: Checkpoint) -> bool:
-    headers = checkpoint.metadata.get("gguf") or {}
-    return any(header.values.get("general.type") != "adapter" for header in headers.values())
 
 
 def suggest_format(path: str | Path) -> str:

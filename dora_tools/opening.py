@@ -17,6 +17,7 @@ from .adapter import Adapter, LowRank
 from .checkpoint import Checkpoint, plain
 from .errors import InputError, ResourceError, UsageError
 from .formats import Given
+from .names.gguf import settings
 from .names.patterns import ADAPTER_KEY
 from .selftest import check_table
 from .templates import Unpacked
@@ -73,9 +74,8 @@ def base_of(base: BaseLike) -> Checkpoint:
             raise UsageError(f"A base is a path, a hub id or a checkpoint, not {type(base).__name__}.")
         return base
     checkpoint = plain(containers.open_checkpoint(hub.resolve(base, "base"), containers.BASE_FILES), str(base))
-    for header in (checkpoint.metadata.get("gguf") or {}).values():
-        if header.values.get("general.type") == "adapter":
-            raise InputError(f"{base} is a GGUF adapter; a base is a model's own weights.")
+    if settings(checkpoint).get("general.type") == "adapter":
+        raise InputError(f"{base} is a GGUF adapter; a base is a model's own weights.")
     mixed = next((name for name in checkpoint.tensors if ADAPTER_KEY.search(name)), None)
     if mixed is not None:
         raise InputError(

@@ -200,9 +200,9 @@ def plan_merge(
 
     ``base`` None: the base that the adapter's file brings with it, or the model that it names. ``out``: a directory, or
     for a base that is one file also a ``.safetensors`` or ``.gguf`` file. The last five are for GGUF: ``like``, a GGUF
-    of the same model as an HF ``base``, which is written in its shape; ``gguf_type``, one of ``storing.CHOICES``;
-    ``allow_loss``, to keep a file that the adapter was rounded out of; ``untie`` (see ``bind``); ``modelfile``, to
-    write one for Ollama. Raises any error of ``errors``.
+    of the same model as an HF ``base``, which is written in its shape; ``gguf_type``, auto, keep or one of
+    ``recipes.MIXES``; ``allow_loss``, to keep a file that the adapter was rounded out of; ``untie`` (see ``bind``);
+    ``modelfile``, to write one for Ollama. Raises any error of ``errors``.
     """
     if not str(out) or base == "":
         raise UsageError(f"{'OUT' if not str(out) else 'BASE'} is empty: is a shell variable not set?")

@@ -8,21 +8,18 @@ the loss is measured while the file is written, and a file that the adapter is n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .binding import Binding
 from .dtypes import DTYPES, GGUF_WRITES, LIBGGUF_WRITES
 from .errors import TargetError, UsageError
-from .names.gguf import EMBEDDING, of_gguf
-from .recipes import FILE_TYPES, MIXES, Model, named, types_of
+from .names.gguf import EMBEDDING, of_gguf, settings
+from .recipes import FILE_TYPES, Model, named, types_of
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
     from .compare import Rounding
-
-CHOICES = ("auto", "keep", *MIXES)
 
 
 @dataclass
@@ -67,8 +64,8 @@ class Storing:
         """
         info = self.binding.base.tensors[name]
         headers = self.binding.base.metadata["gguf"].values()
-        named = EMBEDDING if name in self.binding.added else name
-        kind: str = next((header.types[named] for header in headers if named in header.types), info.dtype)
+        stored = EMBEDDING if name in self.binding.added else name
+        kind: str = next((header.types[stored] for header in headers if stored in header.types), info.dtype)
         return kind
 
     @property
@@ -169,8 +166,7 @@ def _roomy(kind: str, width: int) -> str:
 
 
 def _model(base: Checkpoint) -> Model:
-    dialect = of_gguf(base)
-    values: Mapping[str, Any] = next(iter(base.metadata["gguf"].values())).values
+    dialect, values = of_gguf(base), settings(base)
 
     def number(key: str) -> int:
         value = values.get(f"{dialect.architecture}.{key}", 0)

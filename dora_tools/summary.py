@@ -12,7 +12,7 @@ from .adapter import Adapter, LowRank, Update
 from .checkpoint import Checkpoint
 from .errors import ResourceError, UnsupportedError, UsageError
 from .layout import human
-from .names.gguf import HEAD, of_gguf
+from .names.gguf import HEAD, of_gguf, settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -160,8 +160,7 @@ class ModelSummary:
 
 def summarise_model(checkpoint: Checkpoint, path: str) -> ModelSummary:
     """Describe a GGUF model by names, shapes and metadata."""
-    headers = checkpoint.metadata["gguf"]
-    values: Mapping[str, Any] = next(iter(headers.values())).values
+    values = settings(checkpoint)
     types: dict[str, tuple[int, int, int]] = {}
     for info in checkpoint.tensors.values():
         count, elements, size = types.get(info.dtype, (0, 0, 0))
@@ -180,7 +179,7 @@ def summarise_model(checkpoint: Checkpoint, path: str) -> ModelSummary:
         path,
         architecture,
         name if isinstance(name, str) else None,
-        len(headers),
+        len(checkpoint.metadata["gguf"]),
         len(checkpoint.tensors),
         sum(elements for _, elements, _ in types.values()),
         sum(size for _, _, size in types.values()),

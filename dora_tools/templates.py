@@ -163,10 +163,10 @@ class Templated:
                 )
             if name in found:
                 yield name, list(self._pieces_of(name, info, list(found[name].values())))
-            elif len(info.shape) > 1:
+            elif len(info.shape) > 1 or (name not in self._vectors and any(dialect.names(name.rpartition(".")[0]))):
                 raise FitError(
-                    f"{name} of the template, a matrix of shape {list(info.shape)}, is nothing in the base. Is it a "
-                    "GGUF of the same model?"
+                    f"{name} of the template, of shape {list(info.shape)}, is nothing in the base. Is it a GGUF of the "
+                    "same model?"
                 )
 
     def _check_ties(self, found: dict[str, dict[tuple[int, str], tuple[str, Place]]]) -> None:

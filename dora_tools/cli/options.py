@@ -147,12 +147,10 @@ def writing(command: Callable[..., Any]) -> Callable[..., Any]:
 
         given = [options.get(n) for n in ("adapter", "base", "tuned")] + list(options.get("adapters", ()))
         sources = [Path(path) for path in given if path and Path(path).exists()]
-        api.check_output(out, to, force, sources)
-        if to == "gguf" and not options.get("base"):
-            raise click.UsageError("--to gguf needs --base, the model that the adapter is to fit.")
+        model = options.get("base")
+        api.check_output(out, to, force, sources, model)
         with progress(click.get_current_context().info_name or "", 0) as advance:
             outcome = command(*args, force=force, progress=advance, **options)
-        model = options.get("base") if to == "gguf" else None
         notes = api.write_adapter(outcome.adapter, out, to, force, sources, like=model)
         _say(outcome, notes, out, to, as_json)
 

@@ -113,7 +113,7 @@ def lay_out(
     ``file``: the name of the one file. ``file_type``: what a GGUF calls its mix of types.
     """
     if "gguf_values" in checkpoint.metadata:
-        return [gguf.lay_out_new(checkpoint, checkpoint.metadata["gguf_values"], file or "adapter.gguf")]
+        return [gguf.lay_out_new(checkpoint, checkpoint.metadata["gguf_values"], file or "model.gguf")]
     if "gguf" not in checkpoint.metadata:
         return safetensors.lay_out(checkpoint, dtypes=dtypes, max_shard_size=max_shard_size, file=file)
     if max_shard_size is not None:

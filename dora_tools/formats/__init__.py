@@ -133,6 +133,7 @@ class Format:
     """One dialect. ``sniff`` looks at names and config only; ``read`` raises InputError; ``write`` TargetError.
 
     ``unwraps``: it takes a wrapper off and hands what is inside back to detection. ``example``: its self-test.
+    ``for_model``: what it writes fits one model only, which must be known.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Format:
     write: Callable[[Adapter, Target], Written] | None = None
     unwraps: bool = False
     example: Example | None = None
+    for_model: bool = False
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapter import Adapter, LowRank, Update
 from ..checkpoint import Checkpoint, Ref, TensorInfo, Tensors, assembled, ref
 from ..errors import InputError, TargetError, UnsupportedError
-from ..names.gguf import EMBEDDING, HEAD, Dialect, of_config, of_gguf
+from ..names.gguf import EMBEDDING, HEAD, Dialect, of_config, of_gguf, settings
 from . import Format, Given, Reading, Target, Written
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ _ALPHA = "adapter.lora.alpha"
 _HUB = "https://huggingface.co/"
 
 
-def _values(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    values: Mapping[str, Any] = next(iter(checkpoint.metadata["gguf"].values())).values
-    return values
-
-
 def _sniff(checkpoint: Checkpoint) -> bool:
     return "gguf" in checkpoint.metadata
 
@@ -38,7 +33,7 @@ def _sniff(checkpoint: Checkpoint) -> bool:
 def _read(checkpoint: Checkpoint, given: Given) -> Reading:
     if not _sniff(checkpoint):
         raise InputError("This is no GGUF file.")
-    values = _values(checkpoint)
+    values = settings(checkpoint)
     kind = values.get("adapter.type") if values.get("general.type") == "adapter" else None
     if kind != "lora":
         raise InputError(
@@ -239,11 +234,11 @@ def _rank(updates: Sequence[Update], experts: int) -> int:
         return sum(_low(u).rank for u in updates)
     ranks = Counter[int]()
     for u in updates:
-        ranks[_expert(u, experts, updates)] += _low(u).rank
+        ranks[_expert(u, updates)] += _low(u).rank
     return max(ranks.values())
 
 
-def _expert(update: Update, experts: int, updates: Sequence[Update]) -> int:
+def _expert(update: Update, updates: Sequence[Update]) -> int:
     assert update.part is not None
     return update.part[0] // _height(updates)
 
@@ -274,7 +269,7 @@ def _pair(
     height = _height(updates)
     members: dict[int, list[int]] = {}
     for i, update in enumerate(updates):
-        members.setdefault(_expert(update, experts, updates), []).append(i)
+        members.setdefault(_expert(update, updates), []).append(i)
     pairs = {
         e: _side_by_side([updates[i] for i in at], [factors[i] for i in at], rank, height, width, e * height)
         for e, at in members.items()
@@ -316,4 +311,4 @@ def _storable(promise: Ref) -> Ref:
     return promise if promise.kept in ("F16", "F32") else replace(promise, dtype="F32")
 
 
-FORMAT = Format("gguf", "llama.cpp: a LoRA adapter as a GGUF file", _sniff, _read, _write)
+FORMAT = Format("gguf", "llama.cpp: a LoRA adapter as a GGUF file", _sniff, _read, _write, for_model=True)

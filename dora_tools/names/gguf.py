@@ -251,7 +251,8 @@ class Dialect:
         updates = tuple(self._update(u, place) for u in adapter.updates if (place := places[u.module]))
         replaced: dict[str, Replacement] = {}
         for name, place in owners.items():
-            full, replacement = self._replacement(name, adapter.replaced[name], place or Place(""))
+            assert place is not None  # or it would be among the lost
+            full, replacement = self._replacement(name, adapter.replaced[name], place)
             if full in replaced:
                 raise FitError(f"{name} and {replaced[full].tensor.key} of the adapter are both {full} in the GGUF.")
             replaced[full] = replacement
@@ -407,10 +408,16 @@ def _shifted(tensor: Ref, shift: float) -> Ref:
     return replace(tensor, fetch=lambda: tensor.load() + shift, scale=1.0, origin=None)
 
 
+def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The small values of a GGUF's metadata, which of a split are in its first file; none for another checkpoint."""
+    headers = checkpoint.metadata.get("gguf") or {}
+    found: Mapping[str, Any] = next((header.values for header in headers.values()), {})
+    return found
+
+
 def of_gguf(checkpoint: Checkpoint) -> Dialect:
     """The dialect of a GGUF base. Raises UnsupportedError for an architecture whose layout is not known."""
-    headers = checkpoint.metadata["gguf"]
-    values: Mapping[str, Any] = next(iter(headers.values())).values
+    values = settings(checkpoint)
     architecture = str(values.get("general.architecture"))
     heads = _numbers(values.get(f"{architecture}.attention.head_count"))
     heads_kv = _numbers(values.get(f"{architecture}.attention.head_count_kv")) or heads
