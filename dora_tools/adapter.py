@@ -8,7 +8,7 @@ once; values when they load.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import frexp, isfinite
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Axis = Literal["out", "in"]
 EpsRule = Literal["add", "clamp"]
-Kind = Literal["linear", "embedding", "conv", "whole"]
+Kind = Literal["linear", "embedding", "conv", "expert", "whole"]
 
 
 class Kernel(Protocol):
@@ -45,6 +45,12 @@ class Delta(Protocol):
 
     def turned(self) -> Delta:
         """The same update of the transposed matrix."""
+
+    def take(self, rows: slice | Sequence[int]) -> Delta:
+        """The update of some of the rows, or of all in another order. Raises UnsupportedError where rows mix."""
+
+    def onto(self, base: Ref) -> Delta:
+        """The update with the base matrix at hand, as it is stored; most need none and are as they were."""
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         """Load the values, multiplied by ``strength``. With ``check``, raises InputError for NaN and Inf."""
@@ -98,6 +104,12 @@ class LowRank:
         """(BA)ᵀ = AᵀBᵀ."""
         return replace(self, lora_A=self.lora_B.T, lora_B=self.lora_A.T)
 
+    def take(self, rows: slice | Sequence[int]) -> LowRank:
+        return replace(self, lora_B=self.lora_B.rows(rows))
+
+    def onto(self, base: Ref) -> LowRank:
+        return self
+
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         a = loaded(self.lora_A, device, dtype, check).contiguous()
         b = loaded(self.lora_B, device, dtype, check).contiguous()
@@ -141,6 +153,14 @@ class Unchanged:
     def turned(self) -> Unchanged:
         return Unchanged(self.shape[::-1])
 
+    def take(self, rows: slice | Sequence[int]) -> Unchanged:
+        if not isinstance(rows, slice):
+            return self
+        return Unchanged((len(range(*rows.indices(self.shape[0]))), self.shape[1]))
+
+    def onto(self, base: Ref) -> Unchanged:
+        return self
+
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         return self
 
@@ -150,9 +170,10 @@ class Unchanged:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A delta given in full: (out, in). A bias is one of a single column."""
+    """A delta given in full, or computed in full when it loads: (out, in). A bias is one of a single column."""
 
     tensor: Ref
+    numbers: int = 0  # that it is stored in, where those are fewer
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,10 +182,16 @@ class Dense:
 
     @property
     def parameters(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return self.numbers or self.shape[0] * self.shape[1]
 
     def turned(self) -> Dense:
-        return Dense(self.tensor.T)
+        return replace(self, tensor=self.tensor.T)
+
+    def take(self, rows: slice | Sequence[int]) -> Dense:
+        return replace(self, tensor=self.tensor.rows(rows))
+
+    def onto(self, base: Ref) -> Dense:
+        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> DenseKernel:
         return DenseKernel((loaded(self.tensor, device, dtype, check) * strength).contiguous())
@@ -183,6 +210,13 @@ class Toward:
 
     def turned(self) -> Toward:
         return Toward(self.tensor.T, self.shape[::-1])
+
+    def take(self, rows: slice | Sequence[int]) -> Toward:
+        values = self.tensor.reshape(*self.shape).rows(rows)
+        return Toward(values, (values.shape[0], self.shape[1]))
+
+    def onto(self, base: Ref) -> Toward:
+        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         values = loaded(self.tensor, device, dtype, check).reshape(self.shape)
@@ -246,11 +280,15 @@ class Magnitude:
 class Update:
     """What one module gains. DoRA iff ``magnitude`` is there; there is no second flag.
 
-    ``module`` is the path in the model as it was trained. ``bias`` is added to the module's bias, already scaled.
+    ``module`` is the path in the model as it was trained, and ``parameter`` which of its parameters, mostly the weight.
+    One of kind "expert" is of one matrix of a parameter that stacks them (expert, …): its module is
+    ``<module>.<expert>.<parameter>``, as if each were a layer. ``bias`` is added to the module's bias, already scaled.
     ``kernel_size`` is (in, k, …) of a conv weight, whose factors are given flat. An embedding is (out = dim,
     in = vocabulary). ``transposed`` says what the adapter claims of the base: True for a weight stored (in, out);
     ``told``: of this very layer, so that it stands where shapes cannot tell. ``part``: the rows [first, last) of the
-    stored tensor that it is of, where that holds several matrices (stacked experts, fused projections).
+    stored tensor that it is of, where that holds several matrices (stacked experts, fused projections). ``shared``:
+    the training changed the base's own parameter, so whatever is tied to it changed with it. ``optional``: it is left
+    out where the base has no such parameter (a bias that is scaled).
     """
 
     module: str
@@ -262,6 +300,14 @@ class Update:
     transposed: bool | None = None
     told: bool = False
     part: tuple[int, int] | None = None
+    parameter: str = "weight"
+    shared: bool = False
+    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the parameter that it changes."""
+        return f"{self.module}.{self.parameter}"
 
     def __post_init__(self) -> None:
         out, in_ = self.delta.shape
@@ -301,7 +347,8 @@ class Adapter:
     ``rslora``: whether its alpha is divided by √rank (rsLoRA) in files that record one; None: nobody said. ``task``:
     what it was trained for, in PEFT's words (CAUSAL_LM, SEQ_CLS, …), which tells what head the model had.
     ``extra`` keeps the foreign configuration, so that writing the same format again loses nothing; ``notes`` are
-    sentences for the user: what was left aside, what is unusual.
+    sentences for the user: what was left aside, what is unusual. ``layers``: the network was trained with these ranges
+    [start, end) of the base's layers, one after the other, some of them several times.
     """
 
     updates: tuple[Update, ...]
@@ -312,13 +359,14 @@ class Adapter:
     rslora: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    layers: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, tuple[int, int] | None]] = set()
         for update in self.updates:
-            if (update.module, update.part) in seen:
-                raise InputError(f"The adapter updates {update.module} twice.")
-            seen.add((update.module, update.part))
+            if (update.name, update.part) in seen:
+                raise InputError(f"The adapter updates {update.name} twice.")
+            seen.add((update.name, update.part))
         if not self.updates and not self.replaced:
             raise InputError("The adapter holds no update and no trained tensor: there is nothing in it to use.")
 

@@ -58,17 +58,21 @@ def write_adapter(
     *,
     like: BaseLike | None = None,
     arch: str | None = None,
+    fold_scaling: bool = False,
 ) -> tuple[str, ...]:
     """Write an adapter as a directory of another tool; returns what its user must know.
 
     ``path`` may name the file, where the format is one file. ``like`` and ``arch``: the model (HF or GGUF) or the GGUF
-    architecture that it is written for, where the format depends on that. Raises TargetError for what that format
-    cannot hold, and UsageError for an output that is there or is a source.
+    architecture that it is written for, where the format depends on that. ``fold_scaling``: a PEFT adapter with one
+    rank and scaling 1 for all modules. Raises TargetError for what that format cannot hold, and UsageError for an
+    output that is there or is a source.
     """
     writer = formats.named(format).write
     if writer is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
-    written = writer(adapter, formats.Target(arch, cache(lambda: base_of(like)) if like is not None else None))
+    written = writer(
+        adapter, formats.Target(arch, cache(lambda: base_of(like)) if like is not None else None, fold_scaling)
+    )
     if like is not None and formats.named(format).for_model:
         bind([(adapter, 1.0)], base_of(like))  # whatever has no place in it, or another shape, is refused here
     folder, name = Path(path), written.file
@@ -117,6 +121,7 @@ def convert(
     base: BaseLike | None = None,
     like: BaseLike | None = None,
     arch: str | None = None,
+    fold_scaling: bool = False,
 ) -> tuple[str, ...]:
     """An adapter in another tool's format; returns notes: what was unusual, left aside, or must be known to use it.
 
@@ -126,6 +131,8 @@ def convert(
     """
     if not formats.named(to).for_model and (like is not None or arch is not None):
         raise UsageError("--like and --arch say for which model a GGUF adapter is written; they are for --to gguf.")
+    if fold_scaling and to != "peft":
+        raise UsageError("--fold-scaling is for --to peft.")
     check_table(format)
     check_table(to)
     model = like if like is not None else base
@@ -144,7 +151,11 @@ def convert(
     if model is not None and not formats.named(to).for_model:  # those are fitted when they are written
         bind([(adapter, 1.0)], base_of(model))
     models = [hub.resolve(m, "base") for m in (like, base) if isinstance(m, str | Path)]
-    return (*adapter.notes, *left, *write_adapter(adapter, out, to, force, [place, *models], like=model, arch=arch))
+    return (
+        *adapter.notes,
+        *left,
+        *write_adapter(adapter, out, to, force, [place, *models], like=model, arch=arch, fold_scaling=fold_scaling),
+    )
 
 
 def _beside(adapter: Adapter, base: Checkpoint) -> tuple[Adapter, int]:

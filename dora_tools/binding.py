@@ -15,13 +15,15 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from .adapter import Adapter, Delta, Dense, Magnitude, Replacement, Toward, Unchanged, Update
+from .adapter import Adapter, Delta, Dense, LowRank, Magnitude, Replacement, Toward, Unchanged, Update
 from .checkpoint import Checkpoint, TensorInfo, Tensors, arranged, equal, overlay, ref, same
+from .deltas import Tokens
 from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
 from .layout import human
 from .names.gguf import EMBEDDING, HEAD, Dialect, of_gguf
 from .names.places import Places
+from .names.replication import replicated
 from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, TASK_HEADS, always_tied, ties_of
 
 
@@ -128,7 +130,12 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint, untie: boo
     dialect = of_gguf(base) if "gguf" in base.metadata else None
     original = {} if dialect else base.metadata.get("config") or {}
     refuse_quantised(original)
-    plan = _Plan(base, {k: dict(v) if isinstance(v, dict) else v for k, v in original.items()})
+    config = {k: dict(v) if isinstance(v, dict) else v for k, v in original.items()}
+    layers = {adapter.layers for adapter, _ in adapters}
+    if len(layers) > 1:
+        raise FitError("The adapters were trained on differently replicated layers (layer_replication).")
+    base, notes = replicated(base, config, layers.pop()) if any(layers) else (base, [])
+    plan = _Plan(base, config, notes=notes)
     plan.dialect, plan.untie = dialect, untie
     for number, (adapter, strength) in enumerate(adapters):
         _place(dialect.adapter(adapter) if dialect else adapter, strength, plan, number)
@@ -170,18 +177,22 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
     if adapter.base_model:
         plan.trained_on = f" The adapter names '{adapter.base_model}' as its base."
     plan.task = adapter.task or plan.task
-    weights = {update.module: f"{update.module}.weight" for update in adapter.updates}
+    names = list(
+        dict.fromkeys(update.name if update.kind != "expert" else _stack(update) for update in adapter.updates)
+    )
     heads = set() if plan.tied_off else (plan.ties or {}).keys()
-    rule = plan.places.rule(list(weights.values()), list(adapter.replaced), heads)
+    rule = plan.places.rule(names, list(adapter.replaced), heads)
     if rule != ("", ""):
         plan.notes.append(f"Names: the adapter's '{rule[0]}…' is the base's '{rule[1]}…'.")
 
     unplaced: list[str] = []
     placed: dict[tuple[str, tuple[int, int] | None], str] = {}
-    for update in adapter.updates:
-        name = plan.places.place(weights[update.module], rule)
+    for given in adapter.updates:
+        name, update = _spot(given, plan, rule)
         if name not in known and name not in heads:
-            unplaced.append(name)
+            if not update.optional:
+                unplaced.append(name)
+            continue
         if (name, update.part) in placed:
             other = placed[name, update.part]
             raise FitError(f"{other} and {update.module} of the adapter are both {name} in the base.")
@@ -219,7 +230,25 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
         if name not in known and name not in heads:
             plan.notes.append(f"{name} is not in the base; it is added, as the adapter saved it whole.")
     if unplaced:
-        raise FitError(_unplaced_sentence(unplaced, len(weights) + len(adapter.replaced), plan))
+        raise FitError(_unplaced_sentence(unplaced, len(names) + len(adapter.replaced), plan))
+
+
+def _stack(update: Update) -> str:
+    """The parameter that holds the matrices of all experts."""
+    module, _, parameter = update.module.rpartition(".")
+    return f"{module.rpartition('.')[0]}.{parameter}"
+
+
+def _spot(update: Update, plan: _Plan, rule: tuple[str, str]) -> tuple[str, Update]:
+    """The tensor that an update is of, and the update with the part of it that it is of."""
+    if update.kind != "expert":
+        return plan.places.place(update.name, rule), update
+    name = plan.places.place(_stack(update), rule)
+    info = plan.base.tensors.get(name)
+    if info is None or len(info.shape) != 3:
+        return name, update
+    expert, rows = int(update.module.split(".")[-2]), info.shape[1]
+    return name, replace(update, part=(expert * rows, (expert + 1) * rows))
 
 
 def _refuse_mixtures(plan: _Plan) -> None:
@@ -312,7 +341,7 @@ def _resolve_ties(plan: _Plan) -> None:
         ours, theirs = plan.replaced.get(source), plan.replaced.get(tied)
         if ours and ours.shared and theirs is None:
             theirs = ours
-        if plan.updates.keys() & {tied, source} or not _equal(ours, theirs):
+        if not _updated_alike(plan, tied, source) or not _equal(ours, theirs):
             differing.append((tied, source))
         elif tied not in known:
             plan.replaced.pop(tied, None)
@@ -337,6 +366,37 @@ def _resolve_ties(plan: _Plan) -> None:
     _set(plan.config, "tie_word_embeddings", False)
     pairs = " and ".join(" and ".join(pair) for pair in differing if touched & {*pair})
     plan.notes.append(f"{pairs} were one weight and now differ: untied{'' if plan.dialect else ', in the config too'}.")
+
+
+def _updated_alike(plan: _Plan, tied: str, source: str) -> bool:
+    """Whether both ends of a tie are updated in the same way, or neither; what reached one through the other is told.
+
+    Of an update of both, one is left where they are one tensor in the base.
+    """
+    ours, theirs = plan.updates.get(source, []), plan.updates.get(tied, [])
+    if not theirs and all(update.shared for update, _ in ours):
+        theirs = ours
+    elif not ours and all(update.shared for update, _ in theirs):
+        ours = theirs
+    alike = len(ours) == len(theirs) and all(
+        s == t and (u is v or _same_change(u, v)) for (u, s), (v, t) in zip(ours, theirs, strict=True)
+    )
+    if alike and ours:
+        plan.updates[source] = ours
+        plan.updates.pop(tied, None)
+        if tied in plan.base.tensors:
+            plan.updates[tied] = theirs
+    return alike
+
+
+def _same_change(a: Update, b: Update) -> bool:
+    """Whether two updates are of equal values, one maybe of the embedding and the other of the head, its transpose."""
+    if isinstance(a.delta, Tokens) and isinstance(b.delta, Tokens):
+        return a.delta.indices == b.delta.indices and equal(a.delta.tensor, b.delta.tensor)
+    if not isinstance(a.delta, LowRank) or not isinstance(b.delta, LowRank) or a.magnitude or b.magnitude:
+        return False
+    one, two = a.delta, b.delta.turned() if a.delta.shape != b.delta.shape else b.delta
+    return one.scaling == two.scaling and equal(one.lora_A, two.lora_A) and equal(one.lora_B, two.lora_B)
 
 
 def _allow_untying(plan: _Plan, dialect: Dialect) -> None:
@@ -456,21 +516,29 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
                 first, last = update.part
                 stored = (last - first, info.width) if 0 <= first < last <= info.rows else (0, 0)
             whole = isinstance(update.delta, Dense) and update.delta.shape in ((*info.shape, 1), stored)
+            if isinstance(update.delta, Tokens):
+                _check_tokens(update.delta, name, info)
             if update.kind == "whole" or whole:
                 bounds.append(Bound(update.module, update.delta, None, strength, part=update.part))
                 continue
-            turn = update.kind == "embedding" or (update.kind == "linear" and turned(update, stored))
+            turn = update.kind == "embedding" or (
+                turned(update, stored)
+                if update.kind == "linear"
+                else update.kind == "expert" and _turned_expert(update, stored)
+            )
             expected = (in_, out) if turn else (out, in_)
             conv_fits = not update.kernel_size or info.shape[1:] == update.kernel_size
-            if any(want not in (has, -1) for want, has in zip(expected, stored, strict=True)) or not conv_fits:
+            if not _fits(expected, stored) or not conv_fits:
                 raise FitError(_misfit_sentence(update, expected, info, plan))
             if len(info.shape) > 2 and update.part is None:
                 widths[name] = stored[1]
             magnitude = update.magnitude
+            delta = update.delta.turned() if turn else update.delta
+            matrix = ref(view, name).reshape(-1, stored[1])
             bounds.append(
                 Bound(
                     update.module,
-                    update.delta.turned() if turn else update.delta,
+                    delta.onto(matrix.rows(slice(*update.part)) if update.part else matrix),
                     magnitude.turned() if magnitude and turn else magnitude,
                     strength,
                     turned=turn,
@@ -488,6 +556,28 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
         if followers:
             bound[bias] = (*bound.get(bias, ()), *followers)
     return bound, widths
+
+
+def _turned_expert(update: Update, stored: tuple[int, int]) -> bool:
+    """Whether the base stores the transpose of what an expert's factors make: by shape, else as the reader was told."""
+    out, in_ = update.delta.shape
+    if out != in_:
+        return stored == (in_, out)
+    if not update.told:
+        raise UnsupportedError(
+            f"{update.module} is square, and the file does not say which version of PEFT wrote it: up to 0.18 lora_A was "
+            "of the first of the two sizes, since 0.19.1 mostly of the second. Say --peft-version, e.g. 0.17.1."
+        )
+    return bool(update.transposed)
+
+
+def _check_tokens(delta: Tokens, name: str, info: TensorInfo) -> None:
+    if delta.shape[1] != info.width or max(delta.indices, default=0) >= info.rows:
+        raise FitError(
+            f"{delta.tensor.key} holds rows of {delta.shape[1]} numbers for tokens up to {max(delta.indices, default=0)}, "
+            f"but {name} in {info.file} has shape {list(info.shape)}. Is this the right base model, with its vocabulary "
+            "resized as in training?"
+        )
 
 
 def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, int]], bool]:
@@ -509,9 +599,10 @@ def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, 
             return False
         out, in_ = update.delta.shape
         by_name = _is_conv1d(update.module)
-        if out != in_:
+        upright, turned = _fits((out, in_), stored), _fits((in_, out), stored)
+        if upright != turned or not upright:
             may = (conv1d and by_name) or update.transposed or not plan.model_type
-            return stored == (in_, out) and bool(may)
+            return turned and bool(may)
         all_conv1d = plan.model_type in CONV1D_MODELS and not any(isinstance(v, dict) for v in plan.config.values())
         if conv1d and (by_name or not (all_conv1d and update.transposed)):
             return by_name
@@ -529,6 +620,11 @@ def _turned_rule(plan: _Plan, view: Checkpoint) -> Callable[[Update, tuple[int, 
         return bool(update.transposed)
 
     return turned
+
+
+def _fits(expected: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether sizes agree, of which -1 are not known."""
+    return all(want in (has, -1) for want, has in zip(expected, found, strict=True))
 
 
 def _is_conv1d(module: str) -> bool:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from math import frexp, prod
 from pathlib import Path
 from queue import SimpleQueue
@@ -186,6 +188,32 @@ def assembled(shape: tuple[int, int], pieces: Sequence[tuple[Ref, int, int]]) ->
         return whole
 
     return Ref(shape, pieces[0][0].dtype, fetch, pieces[0][0].key)
+
+
+def computed(shape: tuple[int, ...], make: Callable[..., torch.Tensor], *parts: Ref) -> Ref:
+    """A promise of what ``make`` makes of the values of other promises."""
+    return Ref(shape, "F32", lambda: make(*(part.load() for part in parts)), parts[0].key)
+
+
+_remembered: OrderedDict[int, torch.Tensor] = OrderedDict()
+_remembering = threading.Lock()
+_numbers = count()
+
+
+def remembered(promise: Ref) -> Ref:
+    """The same promise, for a tensor that is asked for part by part: the last few of these stay loaded."""
+    number = next(_numbers)
+
+    def fetch() -> torch.Tensor:
+        with _remembering:
+            if number not in _remembered:
+                _remembered[number] = promise.fetch()
+                while len(_remembered) > 4:
+                    _remembered.popitem(last=False)
+            _remembered.move_to_end(number)
+            return _remembered[number]
+
+    return replace(promise, fetch=fetch, origin=None)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import isfinite
@@ -58,6 +58,11 @@ def adapter_home(path: Path) -> Path:
     if len(inner) > 1:
         raise InputError(f"{path} holds several adapters ({', '.join(p.name for p in inner)}); name one of them.")
     return inner[0] if inner else path
+
+
+def initial(path: str | Path) -> Callable[[], Adapter]:
+    """A reader of PEFT's adapter as it was before training, whose factors count as they stand."""
+    return cache(lambda: read_adapter(path, "peft", Given(residual_base=True)))
 
 
 def with_base(given: Given | None, base: BaseLike | None) -> Given:

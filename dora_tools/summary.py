@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter import Adapter, LowRank, Update
 from .checkpoint import Checkpoint
+from .deltas import Started
 from .errors import ResourceError, UnsupportedError, UsageError
 from .layout import human
 from .names.gguf import HEAD, of_gguf, settings
@@ -216,7 +217,8 @@ def summarise(
 
 def _module(update: Update, stats: bool, base_tensor: str | None) -> ModuleSummary:
     delta, m = update.delta, update.magnitude
-    low = delta if isinstance(delta, LowRank) else None
+    inner = delta.delta if isinstance(delta, Started) else delta
+    low = inner if isinstance(inner, LowRank) else None
     change = mean = std = None
     if stats and low is not None:
         a, b = low.lora_A.load().double(), low.lora_B.load().double()

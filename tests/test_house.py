@@ -17,6 +17,7 @@ FLOORS = [
     {"dtypes"},
     {"checkpoint"},
     {"adapter"},
+    {"deltas"},
     {"lowrank"},
     {"layout", "names"},
     {"binding", "formats", "containers", "recipes"},

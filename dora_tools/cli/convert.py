@@ -18,6 +18,11 @@ from .options import reading
 @click.option("--like", metavar="GGUF", help="For --to gguf: a GGUF of the base model, which the adapter is to fit.")
 @click.option("--arch", metavar="NAME", help="For --to gguf: the architecture, where no model is at hand.")
 @click.option(
+    "--fold-scaling",
+    is_flag=True,
+    help="For --to peft: one rank and scaling 1 for all modules, for servers that ignore patterns and rsLoRA.",
+)
+@click.option(
     "--force", is_flag=True, help="Write into a directory that is not empty, replacing files of the same name."
 )
 @reading
@@ -28,6 +33,7 @@ def command(
     base: str | None,
     like: str | None,
     arch: str | None,
+    fold_scaling: bool,
     force: bool,
     format: str | None,
     given: Any,
@@ -35,6 +41,6 @@ def command(
     """Convert ADAPTER to another tool's format, exactly, or refuse and say why."""
     from .. import api
 
-    for note in api.convert(adapter, out, to, format, given, force, base, like, arch):
+    for note in api.convert(adapter, out, to, format, given, force, base, like, arch, fold_scaling):
         click.echo(f"note: {printable(note)}", err=True)
     click.echo(f"Wrote {to} to {out}.", err=True)

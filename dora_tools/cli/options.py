@@ -44,20 +44,61 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
         saved_in: Any,
         prefix: str,
         fan_in_fan_out: bool | None,
+        peft_version: str | None,
+        lora_b_layout: str | None,
+        mha_out_proj: Any,
+        residual_base: bool,
+        initial_adapter: str | None,
         **options: Any,
     ) -> Any:
         from ..formats import Given
+        from ..opening import initial
 
         flags = dict(_flags(text) for text in enable_lora)
         if len(flags) < len(enable_lora):
             raise click.UsageError("--enable-lora says two things of the same layers.")
         return command(
             *args,
-            given=Given(alpha, scaling, scale_rule, magnitude_axis, flags, saved_in, fan_in_fan_out, prefix),
+            given=Given(
+                alpha,
+                scaling,
+                scale_rule,
+                magnitude_axis,
+                flags,
+                saved_in,
+                fan_in_fan_out,
+                prefix,
+                peft_version=peft_version,
+                lora_b_layout=lora_b_layout,
+                mha_out_proj=mha_out_proj,
+                residual_base=residual_base,
+                initial=initial(initial_adapter) if initial_adapter else None,
+            ),
             **options,
         )
 
     for option in (
+        click.option(
+            "--initial-adapter",
+            metavar="ADAPTER",
+            help="PEFT's adapter as it was before training, for one that began as a part of the base weights.",
+        ),
+        click.option(
+            "--residual-base",
+            is_flag=True,
+            help="BASE is what PiSSA, LoftQ and their like had left of the model when training began.",
+        ),
+        click.option(
+            "--mha-out-proj",
+            type=click.Choice(["once", "twice"]),
+            help="How often to merge the out_proj of nn.MultiheadAttention. Default: as PEFT trained it.",
+        ),
+        click.option(
+            "--lora-b-layout",
+            type=click.Choice(["rank_major", "grouped_by_expert"]),
+            help="The order of lora_B's columns for experts, where the file does not tell (Unsloth).",
+        ),
+        click.option("--peft-version", metavar="V", help="The PEFT that wrote the adapter, where it does not say."),
         click.option("--prefix", default="", metavar="PREFIX", help="What stands before the adapted network's names."),
         click.option(
             "--fan-in-fan-out/--no-fan-in-fan-out",

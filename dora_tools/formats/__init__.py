@@ -32,6 +32,10 @@ class Given:
     mode of layers that merge themselves on eval. ``fan_in_fan_out``: square weights are stored (in, out). ``prefix``:
     what stands before the adapted network's names. ``base`` opens the base, for what only its shapes tell. ``inside``:
     the format inside a wrapper.
+
+    Of PEFT's adapters: ``peft_version`` wrote it; ``lora_b_layout``, the order of lora_B's columns for experts;
+    ``mha_out_proj``, how often its update counts; ``residual_base``, the base is the one that the training changed
+    first (PiSSA, LoftQ …); ``initial``, the adapter as it was before training.
     """
 
     alpha: float | None = None
@@ -44,6 +48,11 @@ class Given:
     prefix: str = ""
     base: Callable[[], Checkpoint] | None = None
     inside: str | None = None
+    peft_version: str | None = None
+    lora_b_layout: str | None = None
+    mha_out_proj: Literal["once", "twice"] | None = None
+    residual_base: bool = False
+    initial: Callable[[], Adapter] | None = None
 
     def __post_init__(self) -> None:
         if self.scale_rule not in (None, *SCALE_RULES):
@@ -97,10 +106,14 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model that an adapter is written for, where a format depends on it: its GGUF architecture, and itself."""
+    """The model that an adapter is written for, where a format depends on it: its GGUF architecture, and itself.
+
+    ``fold_scaling``: for readers that know one rank and one scaling only.
+    """
 
     architecture: str | None = None
     base: Callable[[], Checkpoint] | None = None
+    fold_scaling: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
-from ..adapter import Adapter, Delta, LowRank, Replacement, Unchanged, Update
+from ..adapter import Adapter, LowRank, Replacement, Update
 from ..checkpoint import Checkpoint, Ref, TensorInfo
 from ..errors import FitError, InputError, TargetError, UnsupportedError
 
@@ -392,11 +392,7 @@ def _refuse_twice(places: Mapping[str, Place | None]) -> None:
 
 def _reordered(update: Update, order: Sequence[int]) -> Update:
     """The update of the same matrix with its rows in another order."""
-    delta: Delta = update.delta
-    if isinstance(delta, LowRank):
-        delta = replace(delta, lora_B=delta.lora_B.rows(order))
-    elif not isinstance(delta, Unchanged):
-        raise UnsupportedError(f"{update.module}: the rows of a {type(delta).__name__} update cannot be reordered.")
+    delta = update.delta.take(order)
     magnitude = update.magnitude
     if magnitude is not None and magnitude.axis == "out":
         magnitude = replace(magnitude, vector=magnitude.vector.rows(order))

@@ -17,6 +17,9 @@ from typing import Any
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
+# Models whose layers of experts say that their stacked weights are (expert, in, out), transformers' is_transposed.
+TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
+
 # What embeddings are called in transformers' models.
 EMBEDDING_NAME = re.compile(r"emb|^wte$|^wpe$|^shared$|^relative_attention_bias$")
 
