@@ -22,6 +22,7 @@ from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
 from .layout import human
 from .names.gguf import EMBEDDING, HEAD, Dialect, of_gguf
+from .names.pieces import expert_of, parted, spread
 from .names.places import Places
 from .names.replication import replicated
 from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, TASK_HEADS, always_tied, ties_of
@@ -90,7 +91,7 @@ class _Plan:
 
     @cached_property
     def places(self) -> Places:
-        return Places(self.base.tensors, self.model_type)
+        return Places(self.base.tensors, self.config)
 
     @property
     def ties(self) -> dict[str, str] | None:
@@ -177,9 +178,7 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
     if adapter.base_model:
         plan.trained_on = f" The adapter names '{adapter.base_model}' as its base."
     plan.task = adapter.task or plan.task
-    names = list(
-        dict.fromkeys(update.name if update.kind != "expert" else _stack(update) for update in adapter.updates)
-    )
+    names = list(dict.fromkeys(expert_of(u)[0] if u.kind == "expert" else u.name for u in adapter.updates))
     heads = set() if plan.tied_off else (plan.ties or {}).keys()
     rule = plan.places.rule(names, list(adapter.replaced), heads)
     if rule != ("", ""):
@@ -187,16 +186,16 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
 
     unplaced: list[str] = []
     placed: dict[tuple[str, tuple[int, int] | None], str] = {}
-    for given in adapter.updates:
-        name, update = _spot(given, plan, rule)
+    spots = ((given, spot) for given in adapter.updates for spot in _spots(given, plan, rule))
+    for given, (name, update) in spots:
         if name not in known and name not in heads:
             if not update.optional:
                 unplaced.append(name)
             continue
         if (name, update.part) in placed:
             other = placed[name, update.part]
-            raise FitError(f"{other} and {update.module} of the adapter are both {name} in the base.")
-        placed[name, update.part] = update.module
+            raise FitError(f"{other} and {given.module} of the adapter are both {name} in the base.")
+        placed[name, update.part] = given.module
         plan.updates.setdefault(name, []).append((update, strength))
         plan.touched.setdefault(name, set()).add(number)
         if update.bias is not None:
@@ -213,6 +212,13 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
             plan.touched.setdefault(name.removesuffix("weight") + "bias", set()).add(number)
     for original, replacement in adapter.replaced.items():
         name = plan.places.place(original, rule)
+        found = [] if name in known else plan.places.find(name)
+        if len(found) > 1 or (found and found[0][1] is not None):
+            plan.replaced.update(parted(name, replacement, found, known))
+            plan.owners.update(dict.fromkeys((disk for disk, _ in found), number))
+            if strength != 1.0:
+                raise FitError(f"The adapter replaces {name} as a whole, in pieces, which no strength can do in part.")
+            continue
         of_task = bool(TASK_HEADS & {*name.split(".")}) and not replacement.shared
         if replacement.shared and name not in known and not original.startswith(rule[0]):
             plan.notes.append(f"left out {original}: not in the adapted network ({rule[0]}…).")
@@ -233,22 +239,14 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
         raise FitError(_unplaced_sentence(unplaced, len(names) + len(adapter.replaced), plan))
 
 
-def _stack(update: Update) -> str:
-    """The parameter that holds the matrices of all experts."""
-    module, _, parameter = update.module.rpartition(".")
-    return f"{module.rpartition('.')[0]}.{parameter}"
-
-
-def _spot(update: Update, plan: _Plan, rule: tuple[str, str]) -> tuple[str, Update]:
-    """The tensor that an update is of, and the update with the part of it that it is of."""
-    if update.kind != "expert":
-        return plan.places.place(update.name, rule), update
-    name = plan.places.place(_stack(update), rule)
-    info = plan.base.tensors.get(name)
-    if info is None or len(info.shape) != 3:
-        return name, update
-    expert, rows = int(update.module.split(".")[-2]), info.shape[1]
-    return name, replace(update, part=(expert * rows, (expert + 1) * rows))
+def _spots(update: Update, plan: _Plan, rule: tuple[str, str]) -> list[tuple[str, Update]]:
+    """The tensors that an update is of, each with what the update is of it; its best name where there is none."""
+    original = expert_of(update)[0] if update.kind == "expert" else update.name
+    name = plan.places.place(original, rule)
+    if name in plan.base.tensors and update.kind != "expert":
+        return [(name, update)]
+    found = plan.places.find(name) or plan.places.find(original)
+    return spread(update, found, plan.base.tensors) if found else [(name, update)]
 
 
 def _refuse_mixtures(plan: _Plan) -> None:
@@ -565,8 +563,9 @@ def _turned_expert(update: Update, stored: tuple[int, int]) -> bool:
         return stored == (in_, out)
     if not update.told:
         raise UnsupportedError(
-            f"{update.module} is square, and the file does not say which version of PEFT wrote it: up to 0.18 lora_A was "
-            "of the first of the two sizes, since 0.19.1 mostly of the second. Say --peft-version, e.g. 0.17.1."
+            f"{update.module} is square, so which of its axes lora_A is of is not told by shape, nor by what the file "
+            "says of its PEFT. Say --expert-lora-a first (PEFT up to 0.18 always; later of models like gpt-oss under "
+            "transformers 5) or last (PEFT since 0.19.1 of other models, and under transformers 4)."
         )
     return bool(update.transposed)
 
@@ -574,9 +573,9 @@ def _turned_expert(update: Update, stored: tuple[int, int]) -> bool:
 def _check_tokens(delta: Tokens, name: str, info: TensorInfo) -> None:
     if delta.shape[1] != info.width or max(delta.indices, default=0) >= info.rows:
         raise FitError(
-            f"{delta.tensor.key} holds rows of {delta.shape[1]} numbers for tokens up to {max(delta.indices, default=0)}, "
-            f"but {name} in {info.file} has shape {list(info.shape)}. Is this the right base model, with its vocabulary "
-            "resized as in training?"
+            f"{delta.tensor.key} holds rows of {delta.shape[1]} numbers for tokens up to "
+            f"{max(delta.indices, default=0)}, but {name} in {info.file} has shape {list(info.shape)}. Is this the "
+            "right base model, with its vocabulary resized as in training?"
         )
 
 

@@ -34,6 +34,7 @@ class Given:
     the format inside a wrapper.
 
     Of PEFT's adapters: ``peft_version`` wrote it; ``lora_b_layout``, the order of lora_B's columns for experts;
+    ``expert_lora_a``, which axis of their matrices lora_A is of, where those are square;
     ``mha_out_proj``, how often its update counts; ``residual_base``, the base is the one that the training changed
     first (PiSSA, LoftQ …); ``initial``, the adapter as it was before training.
     """
@@ -50,6 +51,7 @@ class Given:
     inside: str | None = None
     peft_version: str | None = None
     lora_b_layout: str | None = None
+    expert_lora_a: Literal["first", "last"] | None = None
     mha_out_proj: Literal["once", "twice"] | None = None
     residual_base: bool = False
     initial: Callable[[], Adapter] | None = None

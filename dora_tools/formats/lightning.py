@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint import Checkpoint, View
 from ..errors import InputError, UnsupportedError
 from ..names.patterns import ADAPTER_PART
-from ..names.places import Places
+from ..names.places import places_of
 from ..names.ties import TASK_HEADS, may_be_tied
 from . import Format, Given, Reading, read
 
@@ -140,7 +140,7 @@ def _unwrapped(name: str) -> str:
 def _as_in_the_base(reading: Reading, base: Checkpoint) -> Reading:
     """Names without what the base's do not have before them; what has no place there is left out."""
     modules = [f"{update.module}.weight" for update in reading.adapter.updates]
-    places = Places(base.tensors, str((base.metadata.get("config") or {}).get("model_type", "")))
+    places = places_of(base)
     drop, add = places.rule(modules, list(reading.adapter.replaced))
     return reading if add or not drop else reading.within(drop, base.tensors.keys())
 

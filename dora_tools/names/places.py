@@ -9,6 +9,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, Ref, TensorInfo, ref
 from ..errors import FitError
+from .moved import Whereabouts
+from .pieces import Found, shape_of
 from .ties import MOVED, ON_DISK
 
 Rule = tuple[str, str]  # the prefix that is dropped, and the one that takes its place
@@ -19,7 +21,16 @@ class Places:
     """The names of a base, and how names of the model at run time are spelled there."""
 
     known: Mapping[str, TensorInfo]
-    model_type: str = ""
+    config: Mapping[str, Any]
+
+    @cached_property
+    def model_type(self) -> str:
+        kind = self.config.get("model_type")
+        return kind if isinstance(kind, str) else ""
+
+    @cached_property
+    def whereabouts(self) -> Whereabouts:
+        return Whereabouts(self.known, self.config)
 
     @cached_property
     def moved(self) -> bool:
@@ -28,11 +39,24 @@ class Places:
 
     def spelled(self, name: str) -> str:
         """A name of the model at run time as this base spells it, where transformers has moved it."""
+        if name in self.known:
+            return name
+        there = self.find(name)
+        if len(there) == 1 and there[0][1] is None:
+            return there[0][0]
         name = ON_DISK.get(self.model_type, {}).get(name, name)
         moves = MOVED if self.moved else ()
         moved = next((old + name.removeprefix(new) for new, old in moves if name.startswith(new)), name)
         outer = name.removeprefix("model.") if self.moved else name  # of a multimodal model: its other towers
         return next((n for n in (name, moved, outer) if n in self.known), moved)
+
+    def find(self, name: str) -> Found:
+        """The tensors that a parameter of the model at run time is in, each with the piece that it is; maybe none."""
+        return [(name, None)] if name in self.known else self.whereabouts.find(name)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a parameter of the model at run time; None where the base does not tell."""
+        return shape_of(self.find(name), self.known)
 
     def own(self, name: str) -> str:
         """A name of the whole architecture in a base that may hold the inner model alone, without its prefix."""
@@ -45,7 +69,10 @@ class Places:
 
         ``absent`` ones may be missing from it (a tied head). Raises FitError where two rules fit equally well.
         """
-        if all(self.spelled(name) in self.known or self.spelled(name) in absent for name in (*modules, *others)):
+        if all(
+            self.spelled(name) in self.known or self.spelled(name) in absent or self.find(name)
+            for name in (*modules, *others)
+        ):
             return "", ""
         return _prefix_rule(modules, others, self.known)
 
@@ -56,13 +83,17 @@ class Places:
         return next((n for n in (renamed, name) if n in self.known), self.spelled(name))
 
 
+def places_of(base: Checkpoint) -> Places:
+    """Where the names of a network stand in a base."""
+    return Places(base.tensors, base.metadata.get("config") or {})
+
+
 def found(base: Checkpoint, names: Sequence[str], others: Sequence[str] = ()) -> dict[str, Ref]:
     """Those of the names that stand in the base, each with its tensor; ``names`` decide about the prefix.
 
     Raises FitError where two prefixes fit.
     """
-    config: Mapping[str, Any] = base.metadata.get("config") or {}
-    places = Places(base.tensors, str(config.get("model_type", "")))
+    places = places_of(base)
     rule = places.rule(names, others)
     placed = {name: places.place(name, rule) for name in (*names, *others)}
     return {name: ref(base, there) for name, there in placed.items() if there in base.tensors}

@@ -119,7 +119,7 @@ def _ties(base: Checkpoint) -> Mapping[str, str]:
     config = base.metadata.get("config") or {}
     named = config.get("architectures")
     ties = ties_of(named[0]) or {} if isinstance(named, list) and named and isinstance(named[0], str) else {}
-    places = Places(base.tensors, str(config.get("model_type", "")))
+    places = Places(base.tensors, config)
     return {places.own(tied): places.own(source) for tied, source in ties.items()}
 
 

@@ -82,10 +82,11 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         "modules": tuple(u.module for u in updates),
         "peft_tensors": {
             key: ref(checkpoint, key)
-            for module in keys.modules.values()
-            for key in (*module.parts.values(), *keys.shared.values())
+            for group in (*(m.parts for m in keys.modules.values()), keys.shared, keys.tokens)
+            for key in group.values()
         },
         "peft_updates": tuple(updates),
+        "peft_parameters": experts.nesting(updates),
     }
     adapter = Adapter(
         tuple(updates),
@@ -118,7 +119,7 @@ def _lora(
         by_path.setdefault(module.path, []).append(module)
     layers: list[Update] = []
     others: list[Update] = []
-    doubts: list[str] = []
+    stacks: list[list[Module]] = []
     names: list[str] = []  # as the patterns know them
     for path, levels in by_path.items():
         parameters = experts.targeted(path, config)
@@ -128,26 +129,26 @@ def _lora(
             names.append(path)
         elif parameters not in ([], ["weight"]) or len(levels) > 1:
             levels.sort(key=lambda level: level.depth)
-            found, doubt = experts.stacked(checkpoint, levels, settings, ranks, given)
-            others += found
-            doubts += [doubt] * bool(doubt)
+            stacks.append(levels)
             names += [f"{path}.{parameter}" for parameter in parameters]
         else:
             twice = levels[0].within in attentions and _applied_twice(config, given)
-            layers.append(lora.layer(checkpoint, levels[0], settings, twice))
             names.append(f"{path}.weight" if parameters else path)
+            layers.append(lora.layer(checkpoint, levels[0], settings, names[-1], twice))
             found_rank = layers[-1].delta
             rank = getattr(found_rank, "rank", None)
             if not bare and rank and ranks[names[-1]] != rank and layers[-1].kind != "expert" and not given.initial:
                 notes.append(f"{path}: the config says r = {ranks[path]:g}, the tensors have {rank}.")
     lora.check_magnitudes(config, layers)
+    stacked, doubt = experts.stacked(checkpoint, stacks, settings, ranks, given) if stacks else ([], "")
+    others += stacked
     notes += ranks.notes(names) + alphas.notes(names)
     if attentions:
         notes.append(
             f"{', '.join(sorted(attentions))}: PEFT applies the factors of an out_proj of nn.MultiheadAttention twice, "
             "in training as well, so they are merged twice. --mha-out-proj once merges them once."
         )
-    return layers + others, doubts[0] if doubts else ""
+    return layers + others, doubt
 
 
 def _applied_twice(config: Mapping[str, Any], given: Given) -> bool:

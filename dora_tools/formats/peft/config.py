@@ -15,7 +15,7 @@ _OPTIONS = """
     layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_B_layout lora_dropout
     lora_ga_config megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version
     qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters task_type
-    trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config
+    trainable_token_indices unsloth_fused_expert_lora use_bdlora use_dora use_qalora use_rslora velora_config
 """
 KNOWN = frozenset(_OPTIONS.split())
 # peft_types that are no change of weights, each with what they do instead

@@ -7,13 +7,15 @@ not in the key: of several of one module the last registered stands bare, the ot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
 from ...adapter import LowRank, Update
 from ...checkpoint import Checkpoint, Ref, remembered
 from ...errors import FitError, InputError, UnsupportedError
-from ...names.stacks import Stacks
+from ...names.pieces import expert_of
+from ...names.places import places_of
 from ...names.ties import TRANSPOSED_EXPERTS
 from .. import Given
 from .config import Patterns, version_of
@@ -21,8 +23,7 @@ from .keys import Module
 from .lora import Settings, factors
 
 LAYOUTS = ("rank_major", "grouped_by_expert")
-_SWAPS_SINCE, _SWAPS_RIGHT_SINCE = (0, 19), (0, 19, 1)
-ORDER = ("gate_up_proj", "down_proj")  # as transformers registers them
+ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # as transformers registers them
 
 
 def targeted(module: str, config: Mapping[str, Any]) -> list[str]:
@@ -35,48 +36,109 @@ def targeted(module: str, config: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def stacked(
-    checkpoint: Checkpoint, levels: Sequence[Module], settings: Settings, ranks: Patterns, given: Given
-) -> tuple[list[Update], str]:
-    """The updates of one module's parameters, one for each expert, and what only the base could tell ("" for none).
+@dataclass(frozen=True)
+class _Stack:
+    """Factors of one parameter as the file has them. ``shape``: of the parameter, () where no base tells."""
 
-    ``levels``: the module's factors, the bare ones first. Raises InputError and FitError where names and shapes do not
-    tell which parameter is meant.
+    path: str
+    name: str
+    a: Ref
+    b: Ref
+    shape: tuple[int, ...]
+
+    @property
+    def first(self) -> bool | None:
+        """Whether lora_A is of the first of a matrix' two axes; None where its shape does not tell."""
+        if len(self.shape) != 3:
+            return None
+        sizes = self.a.shape[-1], self.b.shape[0]
+        upright, turned = sizes == self.shape[:0:-1], sizes == self.shape[1:]
+        return turned if upright != turned and self.shape[0] > 1 else None
+
+
+def stacked(
+    checkpoint: Checkpoint, modules: Sequence[Sequence[Module]], settings: Settings, ranks: Patterns, given: Given
+) -> tuple[list[Update], str]:
+    """The updates of all adapted parameters, one for each expert, and what only the base could tell ("" for none).
+
+    ``modules``: of each module its factors, the bare ones first. Updates are given as the newest PEFT writes them, so
+    that of an older one they may be the transpose of the file's. Raises InputError and FitError where names and shapes
+    do not tell which parameter is meant.
     """
-    path, config = levels[0].path, settings.config
-    names = targeted(path, config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    stacks = Stacks.of(given.base()) if given.base is not None else None
-    if stacks is not None:
-        shapes = {name: shape for name in names if (shape := stacks.shape(f"{path}.{name}"))}
-        names = [name for name in names if name in shapes]
-    pairs = [factors(checkpoint, level)[:2] for level in levels]
-    owners, doubt = _assigned(path, pairs, names, shapes)
-    layout = _layout(path, config, given)
-    updates = []
-    for name, (a, b) in zip(owners, pairs, strict=True):
-        full = f"{path}.{name}"
-        rank = int(ranks[full])
-        shape = shapes.get(name, ())
-        count = shape[0] if len(shape) == 3 else 1 if shape else a.shape[0] // max(1, rank)
-        if not count or not a.shape[0] or a.shape[0] % count or a.shape[0] != b.shape[1]:
-            raise FitError(
-                f"{full}: lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}, which are not {count} experts "
-                f"of one rank. Is this the right base model?"
-            )
-        rank = a.shape[0] // count
-        scaling, source = settings.scaling(full, rank)
-        if len(shape) == 2 or (not shape and count == 1):
-            updates.append(Update(path, LowRank(a, b, scaling, source), parameter=name, transposed=False, told=True))
+    places = places_of(given.base()) if given.base is not None else None
+    found: list[_Stack] = []
+    doubts: list[str] = []
+    for levels in modules:
+        path = levels[0].path
+        names = targeted(path, settings.config)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if places is not None:
+            shapes = {name: shape for name in names if (shape := places.shape(f"{path}.{name}"))}
+            names = [name for name in names if name in shapes]
+        pairs = [factors(checkpoint, level)[:2] for level in levels]
+        owners, doubt = _assigned(path, pairs, names, shapes)
+        doubts += [doubt] * bool(doubt)
+        found += [_Stack(path, n, a, b, shapes.get(n, ())) for n, (a, b) in zip(owners, pairs, strict=True)]
+    told = {stack.first for stack in found} - {None}  # it goes by the kind of layer, of which there is one
+    flagged = places.model_type in TRANSPOSED_EXPERTS if places is not None else None
+    first = told.pop() if len(told) == 1 else _first(settings.config, given, flagged)
+    updates = [update for stack in found for update in _updates(stack, settings, ranks, given, first, flagged)]
+    if places is None and any(u.kind == "expert" for u in updates):
+        doubts.append("which axis of the experts' weights lora_A is of")
+    return updates, doubts[0] if doubts else ""
+
+
+def nesting(updates: Sequence[Update]) -> dict[str, tuple[str, ...]]:
+    """The adapted parameters of each module, the innermost first: as the file nests them, of updates as read."""
+    found: dict[str, list[str]] = {}
+    for update in updates:
+        if update.kind == "expert":
+            name = expert_of(update)[0]
+        elif update.parameter not in ("weight", "in_proj_weight"):
+            name = update.name
+        else:
             continue
-        turned = _turned(config, given, stacks.model_type if stacks is not None else None)
-        a, b = remembered(a), remembered(b)
-        for e in range(count):
-            columns = slice(e, None, count) if layout == "rank_major" else slice(e * rank, (e + 1) * rank)
-            low = LowRank(a.rows(slice(e * rank, (e + 1) * rank)), b.T.rows(columns).T, scaling, source)
-            at = f"{path}.{e}.{name}"
-            updates.append(Update(at, low, kind="expert", transposed=turned, told=turned is not None))
-    return updates, doubt
+        path, _, parameter = name.rpartition(".")
+        if parameter not in found.setdefault(path, []):
+            found[path].insert(0, parameter)
+    return {path: tuple(names) for path, names in found.items()}
+
+
+def _updates(
+    stack: _Stack, settings: Settings, ranks: Patterns, given: Given, first: bool | None, flagged: bool | None
+) -> list[Update]:
+    a, b, full = stack.a, stack.b, f"{stack.path}.{stack.name}"
+    if len(a.shape) != 2 or len(b.shape) != 2 or 0 in (*a.shape, *b.shape):
+        LowRank(a, b, 1.0)  # says what is wrong with it
+    said, shape = max(1, int(ranks[full])), stack.shape
+    count = shape[0] if len(shape) == 3 else 1 if shape else a.shape[0] // said
+    if not count or a.shape[0] % count or a.shape[0] != b.shape[1]:
+        raise FitError(
+            f"{full}: lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}, which are not {count} experts of "
+            "one rank. Is this the right base model?"
+        )
+    rank = a.shape[0] // count
+    scaling, source = settings.scaling(full, rank)
+    if len(shape) == 2 or (not shape and count == 1):
+        return [Update(stack.path, LowRank(a, b, scaling, source), parameter=stack.name, transposed=False, told=True)]
+    first = False if count == 1 else stack.first if stack.first is not None else first
+    turn = first is not None and flagged is not None and first != flagged and count > 1
+    layout = _layout(stack, settings.config, given)
+    a, b = remembered(a), remembered(b)
+    updates = []
+    for e in range(count):
+        columns = slice(e, None, count) if layout == "rank_major" else slice(e * rank, (e + 1) * rank)
+        low = LowRank(a.rows(slice(e * rank, (e + 1) * rank)), b.T.rows(columns).T, scaling, source)
+        updates.append(
+            Update(
+                f"{stack.path}.{e}.{stack.name}",
+                low.turned() if turn else low,
+                kind="expert",
+                transposed=first is not None and first != turn,
+                told=first is not None,
+            )
+        )
+    return updates
 
 
 def _assigned(
@@ -114,32 +176,40 @@ def _assigned(
     return ways[0], f"which of {' and '.join(names)} is adapted in {path}"
 
 
-def _layout(path: str, config: Mapping[str, Any], given: Given) -> str:
-    layout = given.lora_b_layout or config.get("lora_B_layout")
-    if layout is None and _unsloth(config):
+def _layout(stack: _Stack, config: Mapping[str, Any], given: Given) -> str:
+    """The order of lora_B's columns: as the user or the file says; PEFT's own, but for what Unsloth has not marked."""
+    detail = config.get("unsloth_fused_expert_lora")
+    parameters = detail.get("parameters") if isinstance(detail, Mapping) else None
+    entry = parameters.get(stack.name) if isinstance(parameters, Mapping) else None
+    told = entry.get("lora_B_layout") if isinstance(entry, Mapping) else None
+    layout = given.lora_b_layout or told or config.get("lora_B_layout")
+    mapping = config.get("auto_mapping")
+    by_unsloth = detail is not None or (isinstance(mapping, Mapping) and mapping.get("unsloth_fixed"))
+    if layout is None and by_unsloth:
         raise InputError(
-            f"{path}: Unsloth wrote this adapter of experts without lora_B_layout, and until September 2026 it ordered "
-            "the columns of lora_B otherwise than PEFT. Say --lora-b-layout grouped_by_expert for one of its older "
-            "versions, or rank_major for PEFT's order."
+            f"{stack.path}: Unsloth wrote this adapter of experts without lora_B_layout, and until September 2026 it "
+            "ordered the columns of lora_B otherwise than PEFT in some layers. Say --lora-b-layout grouped_by_expert "
+            "for its own order, or rank_major for PEFT's."
         )
     if layout not in (None, *LAYOUTS):
-        raise InputError(f"adapter_config.json: lora_B_layout is {layout!r}; known are {' and '.join(LAYOUTS)}.")
+        raise InputError(
+            f"adapter_config.json: the lora_B_layout of {stack.path}.{stack.name} is {layout!r}; known are "
+            f"{' and '.join(LAYOUTS)}."
+        )
     return layout or "rank_major"
 
 
-def _unsloth(config: Mapping[str, Any]) -> bool:
-    marks = config.get("auto_mapping"), config.get("base_model_name_or_path")
-    return any("unsloth" in str(mark).lower() for mark in marks)
+def _first(config: Mapping[str, Any], given: Given, flagged: bool | None) -> bool | None:
+    """Whether lora_A is of the first axis of the experts' matrices, where no shape tells; None: nobody knows.
 
-
-def _turned(config: Mapping[str, Any], given: Given, model_type: str | None) -> bool | None:
-    """Whether the stored matrix is the transpose of lora_B @ lora_A, where its shape does not tell; None: unknown."""
+    Up to PEFT 0.18 it always was. Since 0.19.1 (in 0.19.0 the other way round) it is where transformers flags the layer
+    as transposed, which only transformers 5 does; which transformers it was is not in the file.
+    """
+    if given.expert_lora_a is not None:
+        return given.expert_lora_a == "first"
     version = version_of(config, given.peft_version)
     if version is None:
         return None
-    if version < _SWAPS_SINCE:
+    if version < (0, 19):
         return True
-    if model_type is None:
-        return None
-    transposed = model_type in TRANSPOSED_EXPERTS
-    return transposed if version >= _SWAPS_RIGHT_SINCE else not transposed
+    return None if flagged is not False else version < (0, 19, 1)

@@ -70,8 +70,11 @@ def factors(checkpoint: Checkpoint, module: Module) -> tuple[Ref, Ref, bool]:
     return ref(checkpoint, parts[names[0]]), ref(checkpoint, parts[names[1]]), embedding
 
 
-def layer(checkpoint: Checkpoint, module: Module, settings: Settings, twice: bool = False) -> Update:
-    """The update of one layer. ``twice``: PEFT applies it two times over (the out_proj of nn.MultiheadAttention)."""
+def layer(checkpoint: Checkpoint, module: Module, settings: Settings, name: str = "", twice: bool = False) -> Update:
+    """The update of one layer. ``name``: what the patterns know it by, if not by its path.
+
+    ``twice``: PEFT applies it two times over (the out_proj of nn.MultiheadAttention).
+    """
     config, path, parts = settings.config, module.path, module.parts
     a, b, embedding = factors(checkpoint, module)
     kernel_size: tuple[int, ...] = ()
@@ -85,7 +88,7 @@ def layer(checkpoint: Checkpoint, module: Module, settings: Settings, twice: boo
         a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
     a, b = _whole(a, b, path, config)
     rank = a.shape[0]
-    scaling, source = settings.scaling(path, rank)
+    scaling, source = settings.scaling(name or path, rank)
     if twice:
         scaling, source = 2 * scaling, f"twice {source}, as PEFT applies it"
     if "lora_diag" in parts:

@@ -14,9 +14,10 @@ from ...adapter import Adapter, LowRank, Update
 from ...checkpoint import Ref, Tensors, assembled, computed, constant
 from ...deltas import Started, Tokens
 from ...errors import TargetError
+from ...names.pieces import expert_of
 from .. import Target, Written
 from .config import PLAIN_STARTS, Patterns
-from .experts import ORDER
+from .experts import ORDER, targeted
 
 _PREFIX = "base_model.model."
 _LORA = ("LORA", "TRAINABLE_TOKENS")
@@ -47,7 +48,7 @@ def write(adapter: Adapter, target: Target) -> Written:
     if target.fold_scaling:
         adapter = _folded(adapter)
     _check(adapter)
-    entries = _entries(adapter)
+    entries = _entries(adapter, old)
     refs: dict[str, Ref] = {}
     for entry in entries:
         _put(refs, entry)
@@ -72,12 +73,12 @@ def _as_it_was(adapter: Adapter, old: Mapping[str, Any]) -> Written:
 
 
 def _replaced(adapter: Adapter) -> dict[str, Ref]:
-    targets = {update.module for update in adapter.updates}
+    targets = {update.module: "base_layer." for update in adapter.updates}
+    targets |= {u.module: "token_adapter.base_layer." for u in adapter.updates if isinstance(u.delta, Tokens)}
     refs = {}
     for name, replacement in adapter.replaced.items():
         module, _, parameter = name.rpartition(".")
-        infix = "base_layer." if module in targets else ""
-        refs[f"{_PREFIX}{module}.{infix}{parameter}"] = replacement.tensor
+        refs[f"{_PREFIX}{module}.{targets.get(module, '')}{parameter}"] = replacement.tensor
     return refs
 
 
@@ -116,9 +117,9 @@ def _check(adapter: Adapter) -> None:
             raise TargetError(f"{update.module}: an update of a part of a tensor has no place in PEFT's files.")
 
 
-def _entries(adapter: Adapter) -> list[_Entry]:
+def _entries(adapter: Adapter, old: Mapping[str, Any]) -> list[_Entry]:
     attentions = {u.module for u in adapter.updates if u.parameter == "in_proj_weight"}
-    stacks: dict[str, dict[str, list[Update]]] = {}
+    nested: dict[str, dict[str, list[Update]]] = {}
     entries = []
     for update in adapter.updates:
         low = update.delta.delta if isinstance(update.delta, Started) else update.delta
@@ -126,20 +127,27 @@ def _entries(adapter: Adapter) -> list[_Entry]:
             continue
         owner, _, last = update.module.rpartition(".")
         if update.kind == "expert":
-            stacks.setdefault(owner.rpartition(".")[0], {}).setdefault(last, []).append(update)
+            path, _, parameter = expert_of(update)[0].rpartition(".")
+            nested.setdefault(path, {}).setdefault(parameter, []).append(update)
+        elif update.parameter not in ("weight", "in_proj_weight"):
+            nested.setdefault(update.module, {})[update.parameter] = [update]
         elif owner in attentions and last == "out_proj":  # PEFT applies these factors twice
             halved = replace(low, scaling=low.scaling / 2)
             entries.append(_Entry(update.module, f"{owner}.base_layer.out_proj", halved, update))
-        elif update.parameter not in ("weight", "in_proj_weight"):
-            entries.append(_Entry(update.name, update.module, low, update, update.parameter))
+        elif targeted(update.module, old) == ["weight"]:
+            entries.append(_Entry(update.name, update.module, low, update, "weight"))
         else:
             entries.append(_Entry(update.module, update.module, low, update))
-    for path, parameters in stacks.items():
-        innermost_first = sorted(parameters, key=lambda p: ORDER.index(p) if p in ORDER else len(ORDER))
+    for path, parameters in nested.items():
+        order = adapter.extra.get("peft_parameters", {}).get(path, ())
+        if not parameters.keys() <= {*order}:
+            order = ORDER
+        innermost_first = sorted(parameters, key=lambda p: order.index(p) if p in order else len(order))
         for depth, parameter in enumerate(reversed(innermost_first)):
-            low = _stacked(f"{path}.{parameter}", parameters[parameter])
-            key = path + ".base_layer" * depth
-            entries.append(_Entry(f"{path}.{parameter}", key, low, parameters[parameter][0], parameter))
+            updates = parameters[parameter]
+            low = updates[0].delta if updates[0].kind != "expert" else _stacked(f"{path}.{parameter}", updates)
+            assert isinstance(low, LowRank)
+            entries.append(_Entry(f"{path}.{parameter}", path + ".base_layer" * depth, low, updates[0], parameter))
     return entries
 
 
@@ -244,7 +252,10 @@ def _config(adapter: Adapter, old: Mapping[str, Any], entries: Sequence[_Entry])
     config["lora_bias"] = any(update.bias is not None for update in adapter.updates)
     if adapter.rslora is not None:
         config["use_rslora"] = adapter.rslora
-    config |= {name: None for name in ("use_bdlora", "lora_B_layout") if config.get(name)}
+    config |= {"use_bdlora": None} if config.get("use_bdlora") else {}
+    if config.pop("unsloth_fused_expert_lora", None) or config.get("lora_B_layout") or _unsloth(config):
+        config["lora_B_layout"] = "rank_major"  # of experts; as PEFT has it
+    config |= {name: None for name in ("velora_config", "monteclora_config") if config.get(name)}
     config |= {"use_qalora": False} if config.get("use_qalora") else {}
     _config_start(config, entries)
     rule = sqrt if config.get("use_rslora") else float
@@ -278,6 +289,11 @@ def _config(adapter: Adapter, old: Mapping[str, Any], entries: Sequence[_Entry])
     config.setdefault("fan_in_fan_out", any(u.transposed for u in adapter.updates if u.kind != "expert"))
     config.setdefault("init_lora_weights", True)
     return config
+
+
+def _unsloth(config: Mapping[str, Any]) -> bool:
+    mapping = config.get("auto_mapping")
+    return isinstance(mapping, Mapping) and bool(mapping.get("unsloth_fixed"))
 
 
 def _target(entry: _Entry) -> str:
