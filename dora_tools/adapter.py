@@ -43,6 +43,10 @@ class Delta(Protocol):
     def parameters(self) -> int:
         """How many numbers it is stored in."""
 
+    @property
+    def held(self) -> int:
+        """How many numbers are in memory once it is loaded."""
+
     def turned(self) -> Delta:
         """The same update of the transposed matrix."""
 
@@ -100,6 +104,10 @@ class LowRank:
     def parameters(self) -> int:
         return self.rank * (self.shape[0] + self.shape[1])
 
+    @property
+    def held(self) -> int:
+        return self.parameters
+
     def turned(self) -> LowRank:
         """(BA)ᵀ = AᵀBᵀ."""
         return replace(self, lora_A=self.lora_B.T, lora_B=self.lora_A.T)
@@ -150,6 +158,10 @@ class Unchanged:
     def parameters(self) -> int:
         return 0
 
+    @property
+    def held(self) -> int:
+        return 0
+
     def turned(self) -> Unchanged:
         return Unchanged(self.shape[::-1])
 
@@ -184,6 +196,10 @@ class Dense:
     def parameters(self) -> int:
         return self.numbers or self.shape[0] * self.shape[1]
 
+    @property
+    def held(self) -> int:
+        return self.shape[0] * self.shape[1]
+
     def turned(self) -> Dense:
         return replace(self, tensor=self.tensor.T)
 
@@ -207,6 +223,10 @@ class Toward:
     @property
     def parameters(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def held(self) -> int:
+        return self.parameters
 
     def turned(self) -> Toward:
         return Toward(self.tensor.T, self.shape[::-1])

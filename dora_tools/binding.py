@@ -22,7 +22,7 @@ from .dtypes import DTYPES
 from .errors import FitError, TargetError, UnsupportedError
 from .layout import human
 from .names.gguf import EMBEDDING, HEAD, Dialect, of_gguf
-from .names.pieces import expert_of, parted, spread
+from .names.pieces import expert_of, parted, spread, unstacked
 from .names.places import Places
 from .names.replication import replicated
 from .names.ties import CONV1D_LAYERS, CONV1D_MODELS, LABEL_HEADS, TASK_HEADS, always_tied, ties_of
@@ -139,7 +139,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint, untie: boo
     plan = _Plan(base, config, notes=notes)
     plan.dialect, plan.untie = dialect, untie
     for number, (adapter, strength) in enumerate(adapters):
-        _place(dialect.adapter(adapter) if dialect else adapter, strength, plan, number)
+        _place(dialect.adapter(unstacked(adapter)) if dialect else adapter, strength, plan, number)
     _refuse_mixtures(plan)
     _resolve_ties(plan)
     _fit_vocabulary(plan)
@@ -516,8 +516,11 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
             whole = isinstance(update.delta, Dense) and update.delta.shape in ((*info.shape, 1), stored)
             if isinstance(update.delta, Tokens):
                 _check_tokens(update.delta, name, info)
-            if update.kind == "whole" or whole:
-                bounds.append(Bound(update.module, update.delta, None, strength, part=update.part))
+            if update.kind == "whole" or (whole and not update.kernel_size):
+                if out not in (-1, info.rows) and update.part is None:
+                    raise FitError(_misfit_sentence(update, (out, in_), info, plan))
+                delta = update.delta.onto(ref(view, name).reshape(info.rows, -1))
+                bounds.append(Bound(update.module, delta, None, strength, part=update.part))
                 continue
             turn = update.kind == "embedding" or (
                 turned(update, stored)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from .adapter import Axis, Kernel, LowRank, LowRankKernel, TowardKernel, loaded
+from .adapter import Axis, Delta, Kernel, LowRank, LowRankKernel, TowardKernel, loaded
 from .checkpoint import Ref
 from .dtypes import DTYPES, to_torch
 from .errors import UnsupportedError
@@ -36,6 +36,10 @@ class Tokens:
     @property
     def parameters(self) -> int:
         return prod(self.tensor.shape)
+
+    @property
+    def held(self) -> int:
+        return self.parameters
 
     def turned(self) -> Tokens:
         raise UnsupportedError(f"{self.tensor.key} replaces rows of a matrix that is stored by columns.")
@@ -77,6 +81,10 @@ class Hadamard:
     @property
     def parameters(self) -> int:
         return self.first.parameters + self.second.parameters
+
+    @property
+    def held(self) -> int:
+        return self.parameters
 
     def turned(self) -> Hadamard:
         return Hadamard(self.first.turned(), self.second.turned())
@@ -128,6 +136,10 @@ class Kronecker:
     def parameters(self) -> int:
         return self.numbers
 
+    @property
+    def held(self) -> int:
+        return prod(self.left.shape) + prod(self.right.shape)
+
     def turned(self) -> Kronecker:
         if self.order is not None:
             raise UnsupportedError(f"{self.left.key}: a reordered Kronecker product cannot be transposed.")
@@ -174,6 +186,10 @@ class Scaled:
     def parameters(self) -> int:
         return self.vector.shape[0]
 
+    @property
+    def held(self) -> int:
+        return self.parameters
+
     def turned(self) -> Scaled:
         return replace(self, axis="in" if self.axis == "out" else "out")
 
@@ -197,6 +213,145 @@ class ScaledKernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Modulated:
+    """``W ⊙ (1 + BA)``: HiRA, OpenReview TwJrTz9cRS."""
+
+    factors: LowRank
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors.shape
+
+    @property
+    def parameters(self) -> int:
+        return self.factors.parameters
+
+    @property
+    def held(self) -> int:
+        return self.parameters
+
+    def turned(self) -> Modulated:
+        return Modulated(self.factors.turned())
+
+    def take(self, rows: slice | Sequence[int]) -> Modulated:
+        return Modulated(self.factors.take(rows))
+
+    def onto(self, base: Ref) -> Modulated:
+        return self
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
+        a, b = (loaded(f, device, dtype, check).contiguous() for f in (self.factors.lora_A, self.factors.lora_B))
+        return ModulatedKernel(a, b, self.factors.scaling * strength)
+
+
+@dataclass(frozen=True, slots=True)
+class ModulatedKernel:
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        w.addcmul_(w, self.b[start : start + w.shape[0]].mm(self.a), value=self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotated:
+    """``l ⊙ (W R)``, l a factor for each output or none: OFT, BOFT, HRA. ``rotation(tensors)`` multiplies rows by R.
+
+    Of a base that stores (in, out) all of W is needed at once, which is then in memory, and W' with it.
+    """
+
+    tensors: tuple[Ref, ...]
+    rotation: Callable[[Sequence[torch.Tensor]], Callable[[torch.Tensor], torch.Tensor]]
+    inputs: int  # -1: the file does not tell
+    scale: Ref | None = None
+    flipped: bool = False  # of a base that stores (in, out)
+    base: Ref | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out = self.scale.shape[0] if self.scale is not None else -1
+        return (self.inputs, out) if self.flipped else (out, self.inputs)
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(tensor.shape) for tensor in self.tensors) + (self.scale.shape[0] if self.scale else 0)
+
+    @property
+    def held(self) -> int:
+        return 2 * prod(self.base.shape) if self.base is not None else 2 * self.parameters
+
+    def turned(self) -> Rotated:
+        return replace(self, flipped=not self.flipped)
+
+    def take(self, rows: slice | Sequence[int]) -> Rotated:
+        if self.flipped:
+            raise UnsupportedError(f"{self.tensors[0].key} mixes the rows of a matrix that is stored by columns.")
+        return replace(self, scale=self.scale.rows(rows)) if self.scale is not None else self
+
+    def onto(self, base: Ref) -> Rotated:
+        return replace(self, base=base) if self.flipped else self
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
+        rotate = self.rotation([loaded(tensor, device, dtype, check) for tensor in self.tensors])
+        scale = loaded(self.scale, device, dtype, check).unsqueeze(1) if self.scale is not None else None
+        if not self.flipped:
+            return RotatedKernel(rotate, scale, strength)
+        assert self.base is not None
+        new = rotate(self.base.load().to(device=device, dtype=dtype).T.contiguous())
+        return TowardKernel((new if scale is None else new * scale).T.contiguous(), strength)
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedKernel:
+    rotate: Callable[[torch.Tensor], torch.Tensor]
+    scale: torch.Tensor | None  # (out, 1)
+    strength: float
+
+    def apply(self, w: torch.Tensor, start: int) -> None:
+        new = self.rotate(w)
+        w.lerp_(new if self.scale is None else new * self.scale[start : start + w.shape[0]], self.strength)
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A delta whose sizes only the base tells, as ``make(out, in)`` makes it. ``shape`` has -1 for what is unknown."""
+
+    make: Callable[[int, int], Delta]
+    shape: tuple[int, int]
+    numbers: int
+    key: str
+    flipped: bool = False  # of a base that stores (in, out)
+    order: tuple[int, ...] | None = None
+
+    @property
+    def parameters(self) -> int:
+        return self.numbers
+
+    @property
+    def held(self) -> int:
+        return self.parameters
+
+    def turned(self) -> Sized:
+        if self.order is not None:
+            raise UnsupportedError(f"{self.key}: an update in another order of rows cannot be transposed.")
+        return replace(self, shape=self.shape[::-1], flipped=not self.flipped)
+
+    def take(self, rows: slice | Sequence[int]) -> Sized:
+        if isinstance(rows, slice):
+            raise UnsupportedError(f"{self.key} does not tell its sizes, so no part of what it updates can be taken.")
+        return replace(self, order=tuple(rows if self.order is None else (self.order[i] for i in rows)))
+
+    def onto(self, base: Ref) -> Delta:
+        rows, columns = base.shape
+        delta = self.make(columns, rows).turned() if self.flipped else self.make(rows, columns)
+        return (delta if self.order is None else delta.take(self.order)).onto(base)
+
+    def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
+        raise UnsupportedError(f"{self.key} does not tell the sizes of what it updates, and no base is at hand.")
+
+
+@dataclass(frozen=True, slots=True)
 class Formula:
     """``result(W, tensors)``: a method that needs all of W at once, which is then in memory, and W' with it."""
 
@@ -209,6 +364,10 @@ class Formula:
     @property
     def parameters(self) -> int:
         return sum(prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def held(self) -> int:
+        return 2 * abs(self.shape[0] * self.shape[1])
 
     def turned(self) -> Formula:
         return replace(self, shape=self.shape[::-1], flipped=not self.flipped)
@@ -251,6 +410,10 @@ class Started:
     @property
     def parameters(self) -> int:
         return self.delta.parameters
+
+    @property
+    def held(self) -> int:
+        return 2 * self.parameters
 
     def turned(self) -> Started:
         return replace(self, delta=self.delta.turned(), flipped=not self.flipped)

@@ -26,6 +26,7 @@ from .errors import FitError, InputError, ResourceError
 from .lowrank import column_squares, factors, row_norms
 
 _KEPT = 8  # tensors whose kernels stay loaded: those in work on the threads, and a few to come
+_HELD = 1 << 26  # numbers in them, beyond which only two do
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +232,12 @@ class Merged:
                 parts.append(_Part(kernel, vector, m, bound.follows, bound.strength, first, last))
             with self._lock:
                 self._parts[name] = tuple(parts)
-                while len(self._parts) > _KEPT:
+                while len(self._parts) > _KEPT or (len(self._parts) > 2 and self._held() > _HELD):
                     self._parts.popitem(last=False)
             return tuple(parts)
+
+    def _held(self) -> int:
+        return sum(bound.delta.held for name in self._parts for bound in self._binding.bound[name])
 
     def _ratio(self, name: str, index: int) -> torch.Tensor:
         with self._norming:

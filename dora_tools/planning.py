@@ -87,7 +87,7 @@ class MergePlan:
     def memory(self) -> int:
         """Estimated peak above ``import torch``, in bytes: buffers of the threads, and the factors in use."""
         factors = sorted(
-            (4 * sum(b.delta.parameters for b in bounds) for bounds in self.binding.bound.values()), reverse=True
+            (4 * sum(b.delta.held for b in bounds) for bounds in self.binding.bound.values()), reverse=True
         )
         widest = max((i.width for n, i in self.merged.tensors.items() if n in self.binding.bound), default=0)
         return self.threads * 8 * max(1 << 20, 3 * widest) + 2 * sum(factors[:8]) + (24 << 20)
@@ -212,6 +212,8 @@ def plan_merge(
     names = [i.adapter.base_model for i in inputs if i.adapter.base_model]
     if base is None:
         base, inputs = _their_base(inputs, names)
+        if base in names:  # what only the base could tell
+            inputs = inputs_of(adapter, strength, format, with_base(given, base))
     place = _place_of(base, names)
     checkpoint = base_of(place or base)
     if like is not None:

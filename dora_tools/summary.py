@@ -202,6 +202,9 @@ def summarise(
     modules = tuple(_module(update, stats, (placed or {}).get(update.module)) for update in adapter.updates)
     replaced = {name: r.tensor.shape for name, r in adapter.replaced.items()}
     method = "DoRA" if adapter.is_dora else "LoRA" if modules else "trained tensors"
+    of_peft = adapter.extra.get("peft", {}).get("peft_type")
+    if of_peft not in (None, "LORA") and any(not isinstance(u.delta, LowRank) for u in adapter.updates):
+        method = str(of_peft)
     return Summary(
         path,
         adapter.format,

@@ -7,6 +7,7 @@ its own file otherwise than it was trained (``peft_reload``).
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -150,3 +151,87 @@ def peft_marks(kind: str) -> tuple[str, ...]:
 @cache
 def merged_outputs(out: Path, case: Case) -> Any:
     return outputs(network(out), case.inputs)
+
+
+# What the README's table says, in its order: a row for the cases whose names match. Each case is in exactly one.
+ROWS = {
+    "LoRA, rsLoRA, DoRA; patterns; every `init_lora_weights` that leaves the base alone": r"dora|rslora-dora|rank-patterns|"
+    r"patterns-overlap|named-adapter|lora-bias|gaussian|orthogonal|mica|eva|(lora|dora)-peft-.*",
+    "PiSSA, OLoRA, KaSA on the original base": r"pissa|pissa-(rslora|gpt2|bf16)|olora|kasa",
+    "PiSSA, OLoRA converted to plain LoRA": r"(pissa|olora)-converted",
+    "CorDA, LoRA-GA, randomised PiSSA with the initial adapter; LoftQ on its residual base": r"corda|lora-ga|pissa-niter|loftq",
+    "`modules_to_save`, resized vocabulary, saved embeddings": r"modules-to-save.*|resized-.*",
+    "`bias` = all and lora_only": r"bias-.*",
+    "`trainable_token_indices`, TRAINABLE_TOKENS": r"token-rows.*",
+    "LoRA and DoRA of embeddings and heads, tied or not; `ensure_weight_tying`": r"lora-(embed|head)-.*|dora-embed|tied-.*",
+    "`nn.MultiheadAttention`": r"mha",
+    "`layer_replication`": r"layer-replication.*",
+    "BD-LoRA, QALoRA": r"bd-lora.*|qalora",
+    "VeLoRA, MonteCLoRA": r"velora|monteclora",
+    "experts by `target_parameters` (Mixtral, Qwen3-MoE, Qwen3.5-MoE, DeepSeek-V3, gpt-oss, Llama 4, Granite-MoE)": r"moe-(mixtral|"
+    r"qwen3|qwen3-5|deepseek|gpt-oss|llama4|granite)(?!.*-peft-).*",
+    "the same by PEFT 0.17 to 0.19": r"moe-(?!v4).*-peft-.*",
+    "experts as layers of their own (transformers 4), LoRA and DoRA": r"moe-v4-.*",
+    "experts in Unsloth's order": r"moe-unsloth-.*",
+    "LoHa": r"loha.*",
+    "LoKr": r"lokr.*",
+    "VeRA, PVeRA": r"p?vera.*",
+    "IA³": r"ia3.*",
+    "AdaLoRA": r"adalora.*",
+    "OFT, BOFT, HRA": r"b?oft.*|hra.*",
+    "RandLoRA, VB-LoRA, GraLoRA, DeLoRA, MiSS and Bone": r"(randlora|vblora|gralora|delora|miss|bone).*",
+    "FourierFT, WaveFT, C3A, SHiRA": r"(fourierft|waveft|c3a|shira).*",
+    "HiRA, RoAD, LN tuning, BEFT": r"(hira|road|ln-tuning|beft).*",
+    "LyCORIS's LoHa and LoKr, with DoRA too": r"lycoris.*",
+    "aLoRA, Arrow, X-LoRA, Poly": r"alora|arrow|xlora|poly",
+    "prompt methods": r"(prompt|prefix)-tuning",
+    "convolutions in groups": r"grouped-conv",
+}
+
+
+def table() -> str:
+    """The README's table of what PEFT saves, from the cases that the tests run."""
+    every = [Case(path.parent.name) for path in sorted(ROOT.glob("*/case.json"))]
+    left = {case.name for case in every}
+    lines = ["| what | cases | by PEFT | merged | written back |", "|---|---|---|---|---|"]
+    for title, pattern in ROWS.items():
+        members = [case for case in every if re.fullmatch(pattern, case.name)]
+        assert members, title
+        left -= {case.name for case in members}
+        versions = sorted({version_of(case) for case in members}, key=lambda v: [int(n) for n in v.split(".")])
+        span = versions[0] if len(versions) == 1 else f"{versions[0]} to {versions[-1]}"
+        refused = all(case.refused for case in members)
+        again = [case for case in members if RELOADED.get(case.name)]
+        merged = "refused by name" if refused else "as trained" + f", {len(again)} as PEFT reloads it" * bool(again)
+        lines.append(f"| {title} | {len(members)} | {span} | {merged} | {'–' if refused else written(members)} |")
+    assert not left, left
+    return "\n".join(lines)
+
+
+def written(members: list[Case]) -> str:
+    kinds = {case.kind for case in members}
+    if "" in kinds:  # no PEFT adapters
+        return "–"
+    return "as it was" if any(case.name in OLD_LAYERS for case in members) else "yes"
+
+
+def version_of(case: Case) -> str:
+    versions = case.facts["versions"]
+    return str(versions.get("lycoris_lora", versions.get("peft", "")))
+
+
+# cases whose file does not say what was trained
+RELOADED = {
+    "patterns-overlap": "PEFT sorts its patterns when it saves",
+    "bias-lora-only-peft-0-12-0": "the trained biases are not in the file",
+}
+
+# cases that PEFT cannot load, or reads wrongly, under transformers 5: experts that were layers of their own
+OLD_LAYERS = {
+    "moe-v4-deepseek": "it drops the adapters of dense layers",
+    "moe-v4-deepseek-dora": "it has no DoRA of stacked experts",
+    "moe-v4-mixtral-dora": "it has no DoRA of stacked experts",
+    "moe-v4-qwen3-dora": "it has no DoRA of stacked experts",
+    "moe-v4-mixtral-some": "it wants all experts, of one rank",
+    "moe-v4-mixtral-w1": "it wants w3 where there is w1",
+}

@@ -219,6 +219,7 @@ def test_experts_that_are_stacked_on_disk() -> None:
     assert base.find(f"{old}.gate.weight") == [("model.layers.0.mlp.gate.weight", None)]
     assert base.find(f"{experts}.down_proj") == [(f"{experts}.down_proj", None)]
     assert base.find(f"{old}.experts.3.w4.weight") == []
+    assert base.find("layers.0.block_sparse_moe.experts.3.w3.weight") == [(f"{experts}.gate_up_proj", third)]
 
 
 def test_what_is_cut_on_disk() -> None:
@@ -255,11 +256,11 @@ def test_what_is_missing_or_twice_there_or_unknown() -> None:
 
 def test_unknown_models_keep_their_names() -> None:
     odd: list[dict[str, Any]] = [{}, {"model_type": 3, "architectures": "x"}, {"architectures": [None, {}]}]
-    for config in [*odd, {"model_type": "rules"}, {"model_type": "qwen3_5", "text_config": "model_type"}]:
+    for config in [*odd, {"model_type": "rules"}, {"model_type": "llava", "text_config": "model_type"}]:
         base = Whereabouts(["model.layers.0.mlp.weight", "ln.LayerNorm.gamma"], config)
         assert base.find("model.layers.0.mlp.weight") == [("model.layers.0.mlp.weight", None)]
         assert base.find("ln.LayerNorm.weight") == [("ln.LayerNorm.gamma", None)]
-        assert base.find("layers.0.mlp.weight") == []
+        assert base.find("layers.0.mlp") == []
 
 
 def test_hundred_thousand_names_are_quick() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,11 @@ from safetensors.torch import load_file
 
 from dora_tools import api
 
-from .peft_cases import Case, cases, network, of_peft, outputs
+from .peft_cases import OLD_LAYERS, RELOADED, Case, cases, network, of_peft, outputs, table
 
 LORA = [case for case in cases("LORA", "TRAINABLE_TOKENS") if not case.refused]
 REFUSED = [case for case in cases("LORA", "XLORA", "POLY", "PROMPT_TUNING", "PREFIX_TUNING") if case.refused]
 CLOSE = 1e-5
-# where the logits of the trained model are not what a file says: with what they are compared instead
-OTHERWISE = {
-    "patterns-overlap": "PEFT sorts its patterns when it saves: its own reload decides",
-    "pissa-bf16": "trained in bfloat16: see test_pissa_on_half_precision",
-}
 
 
 def ids(case: Case) -> str:
@@ -41,23 +37,15 @@ def test_merged_as_trained(case: Case, tmp_path: Path) -> None:
     if case.name == "pissa-bf16":
         return
     expected = case.expected
-    if case.name == "patterns-overlap":
+    if case.facts.get("lost"):
+        notes = api.plan_merge(case.path, case.base, tmp_path / "again").notes
+        assert any("did not save the biases" in note for note in notes)
+    if case.name in RELOADED:
         expected = outputs(of_peft(case.path, case), case.inputs)
-        assert np.abs(expected - case.expected).max() > 1  # or there is nothing to warn of
+        assert np.abs(expected - case.expected).max() > 0.1  # or there is nothing to warn of
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() < CLOSE
     assert case.facts["differs_from_base"] > 100 * CLOSE
-
-
-# cases that this PEFT cannot load, or reads wrongly, under transformers 5: experts that were layers of their own
-OLD_LAYERS = {
-    "moe-v4-deepseek": "it drops the adapters of dense layers",
-    "moe-v4-deepseek-dora": "it has no DoRA of stacked experts",
-    "moe-v4-mixtral-dora": "it has no DoRA of stacked experts",
-    "moe-v4-qwen3-dora": "it has no DoRA of stacked experts",
-    "moe-v4-mixtral-some": "it wants all experts, of one rank",
-    "moe-v4-mixtral-w1": "it wants w3 where there is w1",
-}
 
 
 @pytest.mark.parametrize("case", [case for case in LORA if case.name not in OLD_LAYERS], ids=ids)
@@ -67,7 +55,7 @@ def test_written_back(case: Case, tmp_path: Path) -> None:
     if case.name == "pissa-bf16":
         return same_files(case, tmp_path / "again")
     found = outputs(of_peft(tmp_path / "again", case), case.inputs)
-    expected = case.expected if case.name not in OTHERWISE else merge(case, tmp_path / "out")
+    expected = case.expected if case.name not in RELOADED else merge(case, tmp_path / "out")
     assert np.abs(found - expected).max() < CLOSE
 
 
@@ -86,3 +74,21 @@ def same_files(case: Case, again: Path) -> None:
     assert all((old[key] == new[key]).all() and old[key].dtype == new[key].dtype for key in old)
     written = json.loads((again / "adapter_config.json").read_text())
     assert {**case.config, "inference_mode": True} == written
+
+
+def test_the_table_of_the_readme_says_what_ran() -> None:
+    """To mend it: python -m tests.test_peft_cases."""
+    assert README.read_text() == renewed()
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def renewed() -> str:
+    before, _, rest = README.read_text().partition("<!-- peft table -->\n")
+    _, end, after = rest.partition("<!-- end of peft table -->")
+    return f"{before}<!-- peft table -->\n{table()}\n{end}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(renewed())

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..adapter import Adapter, LowRank, Replacement, Update
 from ..checkpoint import Checkpoint, Ref, TensorInfo
+from ..deltas import Tokens
 from ..errors import FitError, InputError, TargetError, UnsupportedError
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
@@ -262,7 +263,7 @@ class Dialect:
         out = update.delta.shape[0]
         if out < 0 and update.magnitude is not None and update.magnitude.axis == "out":
             out = update.magnitude.vector.shape[0]
-        if update.kind == "conv" or update.part is not None:
+        if update.kind == "conv" or update.part is not None or update.parameter not in ("weight", "bias"):
             raise UnsupportedError(f"{update.module} is no linear layer, embedding or expert of a GGUF model.")
         embedding = place.name in _EMBEDDINGS
         if update.kind == "embedding" and not embedding:
@@ -277,7 +278,14 @@ class Dialect:
                 "model and convert that with convert_hf_to_gguf.py."
             )
         update = replace(update, module=place.name, transposed=False, told=True)
-        if update.kind == "embedding":
+        if update.kind == "embedding" or isinstance(update.delta, Tokens):
+            return update
+        if out < 0:  # it is the same for all rows
+            if place.expert is not None or place.slice:
+                raise UnsupportedError(
+                    f"{update.module} is one part of {place.name} in the GGUF, and what its adapter does to a part is "
+                    "not known here. Merge into the Hugging Face model instead."
+                )
             return update
         part = self.part(place, out)
         if not part and known is not None and len(known.shape) == 2 and out != known.shape[0] and place.heads:

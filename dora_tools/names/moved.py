@@ -47,14 +47,14 @@ class _Rule:
     """A transform of transformers: what the first of the sources finds in a name, makes way for the target."""
 
     scopes: tuple[str, ...]  # it holds for names with one of these prefixes
-    sources: tuple[tuple[int, re.Pattern[str]], ...]
+    sources: tuple[re.Pattern[str], ...]
     targets: tuple[str, ...]
     layout: str  # of the tensors; empty where only the name changes
 
     def apply(self, name: str) -> tuple[str, int] | None:
         """The new name, and the number of the source; None where nothing is found."""
         scope = next((scope for scope in self.scopes if name.startswith(scope)), None)
-        for number, source in () if scope is None else self.sources:
+        for number, source in enumerate(() if scope is None else self.sources):
             rest = name.removeprefix(scope or "")
             if match := source.search(rest):
                 target = self.targets[number if len(self.targets) > 1 and not self.layout else 0]
@@ -182,9 +182,7 @@ def _rules(prefix: str, scope: str | None, key: str) -> Iterator[_Rule]:
     scopes = [""] if scope is None else [f"{outer}{scope}." if scope else outer for outer in (prefix, "")]
     for row in _table()["rules"][key]:
         sources, targets = ([one] if isinstance(one, str) else one for one in row[:2])
-        longest = sorted(enumerate(sources), key=lambda numbered: -len(numbered[1]))
-        patterns = tuple((number, _compiled(source)) for number, source in longest)
-        yield _Rule(tuple(scopes), patterns, tuple(targets), *row[2:] or [""])
+        yield _Rule(tuple(scopes), tuple(map(_compiled, sources)), tuple(targets), *row[2:] or [""])
 
 
 @cache

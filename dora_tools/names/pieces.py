@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..adapter import Delta, Replacement, Update
+from ..adapter import Adapter, Delta, Replacement, Update
 from ..checkpoint import TensorInfo
 from ..errors import FitError, UnsupportedError
 from .moved import Piece
@@ -133,6 +133,31 @@ def _piece(
         delta = delta.turned()
         magnitude = magnitude.turned() if magnitude else None
     return replace(update, delta=delta, magnitude=magnitude, transposed=False, told=True, kind="expert"), at
+
+
+def unstacked(adapter: Adapter) -> Adapter:
+    """The same with a layer for each expert's matrix, gate and up apart: as files of transformers 4 name them.
+
+    Raises UnsupportedError where it is not known which are a matrix' rows.
+    """
+    updates: list[Update] = []
+    for update in adapter.updates:
+        if update.kind != "expert":
+            updates.append(update)
+            continue
+        if not update.told or update.transposed:
+            raise UnsupportedError(
+                f"{update.module}: how this model stores the weights of its experts is not known here. Merge into the "
+                "Hugging Face model instead."
+            )
+        module, _, parameter = update.module.rpartition(".")
+        delta, half = update.delta, update.delta.shape[0] // 2
+        parts = {parameter: delta}
+        if parameter == "gate_up_proj":
+            parts = {"gate_proj": delta.take(slice(0, half)), "up_proj": delta.take(slice(half, 2 * half))}
+        for name, part in parts.items():
+            updates.append(replace(update, module=f"{module}.{name}", delta=part, kind="linear"))
+    return replace(adapter, updates=tuple(updates))
 
 
 def parted(

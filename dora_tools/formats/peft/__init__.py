@@ -78,10 +78,10 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         notes.append(f"Without --base it is not sure {doubt}.")
     base = config.get("base_model_name_or_path")
     extra = {
-        "peft": _own_options(checkpoint, config),
+        "peft": {**_own_options(checkpoint, config), **keys.options},
         "modules": tuple(u.module for u in updates),
         "peft_tensors": {
-            key: ref(checkpoint, key)
+            keys.renamed.get(key, key): ref(checkpoint, key)
             for group in (*(m.parts for m in keys.modules.values()), keys.shared, keys.tokens)
             for key in group.values()
         },

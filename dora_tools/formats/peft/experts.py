@@ -83,7 +83,8 @@ def stacked(
     flagged = places.model_type in TRANSPOSED_EXPERTS if places is not None else None
     first = told.pop() if len(told) == 1 else _first(settings.config, given, flagged)
     updates = [update for stack in found for update in _updates(stack, settings, ranks, given, first, flagged)]
-    if places is None and any(u.kind == "expert" for u in updates):
+    version = version_of(settings.config, given.peft_version)
+    if places is None and (version or (0,)) < (0, 19, 1) and any(u.kind == "expert" for u in updates):
         doubts.append("which axis of the experts' weights lora_A is of")
     return updates, doubts[0] if doubts else ""
 
@@ -153,11 +154,17 @@ def _assigned(
     known = [name for name in reversed(ORDER) if name in names]
     usual = [*known, *(name for name in names if name not in known)][: len(pairs)] if len(known) > 1 else None
 
-    def fits(name: str, pair: tuple[Ref, Ref]) -> bool:
-        sides = {pair[0].shape[-1], pair[1].shape[0]}
-        return not shapes or set(shapes[name][-2:]) == sides
+    sides = [{a.shape[-1], b.shape[0]} for a, b in pairs]
 
-    ways = [list(way) for way in permutations(names, len(pairs)) if all(map(fits, way, pairs))]
+    def fit(way: Sequence[str]) -> bool:
+        if shapes:
+            return all(set(shapes[name][-2:]) == side for name, side in zip(way, sides, strict=True))
+        of = dict(zip(way, sides, strict=True))
+        up, down = of.get("gate_up_proj", set()), of.get("down_proj", set())
+        # (2 · intermediate, hidden) and (hidden, intermediate)
+        return not (up and down) or any(up == {hidden, 2 * i} for hidden in down for i in (down - {hidden}) or down)
+
+    ways = [list(way) for way in permutations(names, len(pairs)) if fit(way)]
     if not ways:
         raise FitError(
             f"{path}: the adapted parameters are of sizes "

@@ -29,13 +29,18 @@ class Module:
 
 @dataclass
 class Keys:
-    """All keys of a file. ``shared``: those of no module, by leaf; ``tokens``: replaced rows, by module."""
+    """All keys of a file. ``shared``: those of no module, by leaf; ``tokens``: replaced rows, by module.
+
+    ``options`` and ``renamed``: what is written otherwise than it was read, so that a newer PEFT means the same by it.
+    """
 
     modules: dict[tuple[str, int], Module] = field(default_factory=dict)
     shared: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, Replacement] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def sort_keys(

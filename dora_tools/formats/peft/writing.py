@@ -43,8 +43,11 @@ def write(adapter: Adapter, target: Target) -> Written:
     kept = adapter.extra.get("peft_updates", ())
     same = len(kept) == len(adapter.updates) and all(a is b for a, b in zip(kept, adapter.updates, strict=True))
     low = all(isinstance(u.delta, LowRank | Started | Tokens) for u in adapter.updates)
-    if same and (old.get("peft_type", "LORA") == "TRAINABLE_TOKENS" or not low) and not target.fold_scaling:
+    other = old.get("peft_type", "LORA") != "LORA"
+    if same and (other or not low) and not target.fold_scaling:
         return _as_it_was(adapter, old)
+    if other:  # its options are not LoRA's
+        old = {name: old[name] for name in ("task_type", "modules_to_save", "revision") if name in old}
     if target.fold_scaling:
         adapter = _folded(adapter)
     _check(adapter)
@@ -69,7 +72,9 @@ def _as_it_was(adapter: Adapter, old: Mapping[str, Any]) -> Written:
     refs: dict[str, Ref] = {}
     for key, tensor in adapter.extra["peft_tensors"].items():
         refs[key if key.startswith("base_model.") else _PREFIX + key] = tensor
-    return _written(refs | _replaced(adapter), {**old, "base_model_name_or_path": adapter.base_model})
+    held = {tensor.key for tensor in refs.values()}
+    refs |= {key: tensor for key, tensor in _replaced(adapter).items() if tensor.key not in held}
+    return _written(refs, {**old, "base_model_name_or_path": adapter.base_model})
 
 
 def _replaced(adapter: Adapter) -> dict[str, Ref]:

@@ -1,0 +1,453 @@
+"""PEFT's methods other than LoRA, as its own versions saved them: merged, in part and in blocks, written, refused.
+
+The oracle for weights is ``fixtures/make_peft_methods.py``, a formula in float64 for every method; for what comes out of
+the model, what the trained model itself computed (``expected.npz``).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dora_tools import api, checkpoint, formats
+from dora_tools.adapter import LowRank
+from dora_tools.binding import bind
+from dora_tools.checkpoint import Checkpoint, Tensors, constant
+from dora_tools.errors import DoraToolsError, FitError, InputError, UnsupportedError, UsageError
+from dora_tools.formats import Given
+from dora_tools.formats.peft.methods import METHODS
+from dora_tools.merging import Merged
+from dora_tools.names.ties import CONV1D_LAYERS
+from dora_tools.opening import with_base
+
+from .peft_cases import BASES, Case, cases, network, outputs, peft_marks
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+CASES = cases(*METHODS)
+FIRST = list({case.kind: case for case in reversed(CASES)}.values())  # one of each method
+BY_NAME = {case.name: case for case in CASES}
+CLOSE = 1e-5
+# Of another PEFT, and the newest has no such method any more, or reads the same file as something else
+LOST = {"boft-2", "oft-peft-0-12-0", "oft-share-peft-0-12-0", "oft-peft-0-15-2", "oft-peft-0-17-1"}
+
+
+def ids(case: Case) -> str:
+    return case.name
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def merge(adapter: Path, base: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
+    api.merge(adapter, base, out, **options)
+    return stored(out)
+
+
+def computed(case: Case, merged: Path) -> np.ndarray[Any, Any]:
+    if case.is_network:
+        shutil.copy(case.base / "network.json", merged)
+    return outputs(network(merged), case.inputs)
+
+
+def by_formula(case: Case, weights: Mapping[str, torch.Tensor], adapter: Path | None = None) -> dict[str, torch.Tensor]:
+    """What the oracle makes of the tensors that change, in float64."""
+    import make_peft_methods
+
+    turned = case.facts["base"] == "gpt2"
+    made: dict[str, torch.Tensor] = make_peft_methods.merge(
+        adapter or case.path, weights, lambda module: turned and module.rpartition(".")[2] in CONV1D_LAYERS
+    )
+    return made
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    assert found.shape == expected.shape
+    off = float((found.double() - expected).abs().max())
+    assert off < 2e-6 * max(1.0, float(expected.abs().max())), f"{name}: {off}"
+
+
+def test_every_method_has_a_case() -> None:
+    assert {case.kind for case in CASES} == set(METHODS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_merged_as_trained(case: Case, tmp_path: Path) -> None:
+    merge(case.path, case.base, tmp_path / "out")
+    found = computed(case, tmp_path / "out")
+    assert found.shape == case.expected.shape
+    assert np.abs(found - case.expected).max() < CLOSE
+    assert case.facts["differs_from_base"] > 100 * CLOSE
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, -0.25])
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_in_part_and_in_blocks(case: Case, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W + strength (W' − W), computed a few rows at a time; nothing else changes."""
+    monkeypatch.setattr(checkpoint, "TILE_ELEMENTS", 200)
+    before = stored(case.base)
+    found = merge(case.path, case.base, tmp_path / "out", strength=strength, threads=2)
+    expected = by_formula(case, before)
+    assert found.keys() == before.keys()
+    for name, tensor in before.items():
+        if name in expected:
+            whole = tensor.double()
+            assert_near(found[name], whole + strength * (expected[name] - whole), name)
+        else:
+            assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("case", FIRST, ids=ids)
+def test_half_precision_is_rounded_once(case: Case, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(case.base, base)
+    weights = {name: tensor.bfloat16() for name, tensor in stored(case.base).items()}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    found = merge(case.path, base, tmp_path / "out")
+    for name, exact in by_formula(case, weights).items():
+        rounded = exact.bfloat16()
+        apart = (found[name].view(torch.int16).int() - rounded.view(torch.int16).int()).abs()
+        small = (found[name].double() - exact).abs() < 1e-6
+        assert found[name].dtype == torch.bfloat16
+        assert bool(((apart <= 1) | small).all()), name
+        assert float((apart == 0).double().mean()) > 0.97, name
+
+
+@pytest.mark.parametrize("case", FIRST, ids=ids)
+def test_threads_do_not_show(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "TILE_ELEMENTS", 200)
+    for threads in (1, 3):
+        merge(case.path, case.base, tmp_path / str(threads), threads=threads)
+    one, three = ((tmp_path / n / "model.safetensors").read_bytes() for n in "13")
+    assert one == three
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_written_back(case: Case, tmp_path: Path) -> None:
+    """It is read again as the same, and PEFT computes with it what was trained, also where it misreads the original."""
+    api.convert(case.path, tmp_path / "again", "peft", base=case.base)
+    one = merge(case.path, case.base, tmp_path / "one")
+    two = merge(tmp_path / "again", case.base, tmp_path / "two")
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    if case.name not in LOST:
+        assert np.abs(of_peft(tmp_path / "again", case) - case.expected).max() < CLOSE
+
+
+def of_peft(adapter: Path, case: Case) -> np.ndarray[Any, Any]:
+    """What PEFT computes with an adapter, of which it uses every tensor and misses none."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.inference_mode = True
+    model = PeftModel(network(case.base), config)
+    said = model.load_adapter(str(adapter), "default", is_trainable=False)
+    marks = peft_marks(config.peft_type.value)
+    # the bank is the model's own, and those of the layers are it
+    missing = [k for k in said.missing_keys if any(m in k for m in marks) and ".vblora_vector_bank" not in k]
+    assert not missing
+    assert not said.unexpected_keys
+    return outputs(model.eval(), case.inputs)
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_inspecting_needs_no_torch(with_base: bool) -> None:
+    todo = [["inspect", str(case.path), *(["--base", str(case.base)] if with_base else [])] for case in CASES]
+    code = (
+        "import json, sys; from dora_tools.cli import main\n"
+        "for arguments in json.loads(sys.stdin.read()):\n"
+        "    assert main(arguments) == 0, arguments\n"
+        "    assert 'torch' not in sys.modules, arguments\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(todo), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" parameters; base:") == len(CASES)
+
+
+# What PEFT does and no fixture has
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("RandLoraConfig", {"r": 12, "save_projection": False, "sparse": True}),
+        ("RandLoraConfig", {"r": 12, "save_projection": False, "very_sparse": True, "randlora_alpha": 30}),
+        ("RandLoraConfig", {"r": 12, "save_projection": True}),
+        ("VeraConfig", {"r": 5, "save_projection": False, "projection_prng_key": 12, "target_modules": ["up_proj"]}),
+        ("HiraConfig", {"r": 3, "target_modules": ["embed_tokens", "lm_head"]}),
+        ("OFTConfig", {"r": 0, "oft_block_size": 4, "target_modules": ["embed_tokens"]}),
+        ("VBLoRAConfig", {"r": 2, "num_vectors": 6, "vector_length": 8, "topk": 1, "save_only_topk_weights": True}),
+        ("MissConfig", {"r": 40}),
+        *(("WaveFTConfig", {"n_frequency": 300, "wavelet_family": f, "scaling": 3.0})
+          for f in ("db3", "db10", "sym5", "sym8", "coif1", "coif4")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
+)  # fmt: skip
+def test_as_peft_computes(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    import peft
+
+    base, case = BASES / "llama", BY_NAME["vera"]
+    torch.manual_seed(3)
+    config = getattr(peft, kind)(**{"target_modules": ["q_proj", "down_proj"], **options})
+    model = peft.get_peft_model(network(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * (2.0 if "waveft" in name or "logits" in name else 0.2))
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", base, tmp_path / "out")
+    expected = outputs(model.eval(), case.inputs)
+    assert np.abs(expected - outputs(network(base), case.inputs)).max() > 0.05
+    assert np.abs(outputs(network(tmp_path / "out"), case.inputs) - expected).max() < 3e-5
+
+
+# Versions
+
+
+def changed(case: Case, folder: Path, **options: Any) -> Path:
+    """The adapter with other options; those that are ... are left out."""
+    shutil.copytree(case.path, folder)
+    config = {k: v for k, v in {**case.config, **options}.items() if v is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "version"),
+    [
+        ("lokr-peft-0-12-0", {"rank_dropout_scale": False}, "0.13.2"),
+        ("lokr", {"rank_dropout_scale": ...}, "0.14.0"),
+        ("loha-patterns-peft-0-12-0", {"exclude_modules": None}, "0.14.0"),
+        ("loha-patterns", {"exclude_modules": ..., "peft_version": ...}, "0.15.0"),
+        ("oft-peft-0-17-1", {"peft_version": "0.21.2"}, "0.16.0"),
+        ("oft", {"peft_version": ...}, "0.18.0"),
+    ],
+)
+def test_the_version_that_is_said_counts(name: str, options: dict[str, Any], version: str, tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    adapter = changed(case, tmp_path / "adapter", **options)
+    right = merge(adapter, case.base, tmp_path / "right", given=Given(peft_version=version))
+    wrong = merge(adapter, case.base, tmp_path / "wrong")
+    assert np.abs(computed(case, tmp_path / "right") - case.expected).max() < CLOSE
+    assert max(float((right[n] - wrong[n]).abs().max()) for n in right) > 1e-4
+
+
+def test_patterns_that_only_a_version_tells_are_noted(tmp_path: Path) -> None:
+    adapter = changed(BY_NAME["loha-patterns-peft-0-12-0"], tmp_path / "adapter", exclude_modules=None)
+    notes = api.read_adapter(adapter).notes
+    assert [n for n in notes if "--peft-version 0.14.0" in n and "layers.1.self_attn.q_proj" in n]
+    assert not [n for n in api.read_adapter(BY_NAME["loha-patterns"].path).notes if "--peft-version" in n]
+
+
+# What is left out
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "reason"),
+    [
+        ("adalora", 3, "pruned all ranks"),
+        ("adalora-gpt2", 3, "pruned all ranks"),
+        ("boft-peft-0-12-0", 1, "permutation"),
+        ("randlora", 2, "a second copy of base_model.randlora_"),
+        ("vera", 0, ""),
+    ],
+)
+def test_left_out(name: str, count: int, reason: str) -> None:
+    found = api.inspect(BY_NAME[name].path)
+    assert isinstance(found, api.Summary)
+    assert len(found.left_out) == count
+    assert all(reason in said for said in found.left_out.values())
+
+
+# Refusals
+
+
+def opened(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Checkpoint:
+    refs = {name: constant(tensor, name) for name, tensor in tensors.items()}
+    return Tensors(refs, metadata={"adapter_config": dict(config)})
+
+
+def all_of(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base: Checkpoint, given: Given | None = None
+) -> None:
+    """Read, bind and compute everything that changes."""
+    reading = formats.read(opened(tensors, config), "it", "peft", with_base(given, base))
+    binding = bind([(reading.adapter, 1.0)], base)
+    merged = Merged(binding)
+    for name in binding.bound:
+        merged.read(name)
+
+
+def parts(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, Any], Checkpoint]:
+    return dict(load_file(case.path / "adapter_model.safetensors")), dict(case.config), api.open_checkpoint(case.base)
+
+
+def test_a_larger_kernel_is_no_oft() -> None:
+    _, config, base = parts(BY_NAME["oft-conv"])
+    tensors = {"base_model.model.square.oft_R.weight": torch.randn(9, 28)}
+    with pytest.raises(UnsupportedError, match=r"square is a convolution of 3 × 3.*overlap"):
+        all_of(tensors, config, base)
+
+
+def test_a_bias_that_is_not_there() -> None:
+    tensors, config, _ = parts(BY_NAME["beft"])
+    with pytest.raises(FitError, match=r"self_attn.q_proj.bias"):
+        all_of(tensors, config, api.open_checkpoint(BASES / "llama"))
+    tensors = {name: torch.randn(1, 20) for name in tensors}
+    with pytest.raises(FitError, match=r"20 outputs"):
+        all_of(tensors, config, api.open_checkpoint(BASES / "llama-bias"))
+
+
+@pytest.mark.parametrize("name", ["vera-key", "pvera-key", "randlora-key", "randlora-gpt2"])
+def test_projections_are_drawn_for_a_base(name: str) -> None:
+    adapter = api.read_adapter(BY_NAME[name].path)
+    with pytest.raises(InputError, match=r"save_projection is false.*--base"):
+        api.merged(adapter, BY_NAME[name].base)
+    merged = api.merged(BY_NAME[name].path, BY_NAME[name].base)
+    assert all(merged[key][...].isfinite().all() for key in merged)
+
+
+@pytest.mark.parametrize("given", [Given(alpha=3), Given(scaling=1.5), Given(scale_rule="one")])
+def test_a_scaling_of_the_users_is_for_lora(given: Given) -> None:
+    with pytest.raises(UsageError, match="LOHA adapter says its own"):
+        api.read_adapter(BY_NAME["loha"].path, given=given)
+
+
+def test_unknown_leaves() -> None:
+    for case in FIRST:
+        tensors, config, base = parts(case)
+        first = next(iter(tensors))
+        begin = sorted(METHODS[case.kind].leaves)[0]
+        foreign = first.rpartition("model.layers")[0] + f"model.layers.0.mlp.up_proj.{begin}_new"
+        if case.kind in ("LN_TUNING",):
+            continue
+        with pytest.raises(UnsupportedError, match=f"'{begin}_new'"):
+            all_of({**tensors, foreign: torch.ones(2, 2)}, config, base)
+
+
+def test_the_wrong_base() -> None:
+    for case in FIRST:
+        tensors, config, _ = parts(case)
+        other = BASES / ("gpt2" if case.facts["base"] != "gpt2" else "llama")
+        with pytest.raises((FitError, InputError)):
+            all_of(tensors, config, api.open_checkpoint(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("lokr", {"alpha": 0}, "erase the adapter"),
+        ("loha", {"r": "8"}, "not a number"),
+        ("gralora", {"alpha": 0}, "erase the adapter"),
+        ("fourierft", {"scaling": 0}, "erase the adapter"),
+        ("fourierft", {"random_loc_seed": -1}, "random_loc_seed must be a whole number"),
+        ("waveft", {"wavelet_family": "coif5"}, "wavelet_family is 'coif5'"),
+        ("waveft", {"use_idwt": "yes"}, "use_idwt must be true or false"),
+        ("road-1", {"variant": "road_3"}, "variant is 'road_3'"),
+        ("road-1", {"group_size": 6}, "no groups of 6"),
+        ("oft", {"num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms must be a whole number of 1 to 1000"),
+        ("oft", {"use_cayley_neumann": ...}, "use_cayley_neumann must be true or false"),
+        ("oft-coft", {"eps": None}, "eps must be a number"),
+        ("vblora", {"topk": 13}, "topk must be a whole number of 1 to 12"),
+        ("ia3", {"feedforward_modules": 3}, "feedforward_modules must be a list of names"),
+        ("adalora", {"init_r": 0}, "init_r must be a whole number"),
+        ("vera-key", {"projection_prng_key": "7"}, "projection_prng_key must be a whole number"),
+        ("miss-mini", {"init_weights": True}, "base weight has 32 outputs"),
+        ("miss-bat", {"init_weights": True}, r"has shape \[8, 4, 4\]; expected \[rank, out\]"),
+    ],
+)
+def test_options_that_make_no_sense(name: str, options: dict[str, Any], message: str) -> None:
+    tensors, config, base = parts(BY_NAME[name])
+    config = {k: v for k, v in {**config, **options}.items() if v is not ...}
+    with pytest.raises(DoraToolsError, match=message):
+        all_of(tensors, config, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("hra", lambda t: t.long(), "it holds fractions"),
+        ("shira", lambda t: t.float(), "it holds integers"),
+        ("shira", lambda t: t * 1000 if not t.is_floating_point() else t, "goes to row"),
+        ("vblora-topk", lambda t: t + 100 if t.dtype == torch.uint8 else t, "of a bank of 12"),
+        ("oft", lambda t: t[:, :27], "27 entries a block"),
+        ("boft-2", lambda t: t[:, :3] if t.ndim == 4 else t, "no butterfly of 2 factors"),
+        ("gralora", lambda t: t[..., :3] if t.shape[-1] == 4 else t[:, :3], "not a multiple of 2 blocks"),
+        ("fourierft", lambda t: torch.ones(2000), "at least 2000 entries"),
+        ("vera", lambda t: t[:, :40] if t.shape[-1] == 48 else t, "at most 32 outputs and 40 inputs"),
+        ("vera-key", lambda t: torch.ones(1 << 25) if len(t) == 4 else t, "random numbers would have to be drawn"),
+        ("loha", lambda t: torch.full_like(t, torch.nan), "NaN or Inf"),
+    ],
+)
+def test_tensors_that_make_no_sense(name: str, change: Any, message: str) -> None:
+    tensors, config, base = parts(BY_NAME[name])
+    with pytest.raises(DoraToolsError, match=message):
+        all_of({key: change(tensor) for key, tensor in tensors.items()}, config, base)
+
+
+@pytest.mark.parametrize("case", FIRST, ids=ids)
+def test_a_missing_or_misshapen_tensor_is_no_traceback(case: Case) -> None:
+    tensors, config, base = parts(case)
+    module = next(iter(tensors)).rpartition(".")[0].removesuffix(".oft_R").removesuffix(".ln_tuning_layers")
+    own = [key for key in tensors if key.startswith(module) or "layers" not in key]
+    alone = len([key for key in tensors if key.startswith(module)]) == 1
+    for key in own:
+        tensor = tensors[key]
+        for wrong in (
+            None,
+            tensor.unsqueeze(0),
+            tensor.flatten(),
+            tensor.flatten()[:1].reshape(()),
+            tensor[..., :0],
+            tensor[:-1],
+            torch.cat([tensor, tensor]),
+            tensor[..., :1],
+            tensor.to(torch.int32 if tensor.is_floating_point() else torch.float32),
+            tensor.bool(),
+        ):
+            less = {k: v for k, v in {**tensors, key: wrong}.items() if v is not None}
+            try:
+                all_of(less, config, base)
+            except DoraToolsError as error:
+                assert len(str(error)) > 30
+            else:
+                assert wrong is not None or alone or case.kind in ("LN_TUNING", "VBLORA"), key
+
+
+IRRELEVANT = {"base_model_name_or_path", "auto_mapping", "inference_mode", "revision", "task_type", "target_modules"}
+
+
+@pytest.mark.parametrize("case", FIRST, ids=ids)
+def test_a_strange_option_is_no_traceback(case: Case) -> None:
+    tensors, config, base = parts(case)
+    for name in config.keys() - IRRELEVANT:
+        for wrong in ("x", -1, 0, 1.5, 1e300, 10**40, None, [], ["("], {}, {"(": 1}, {"a": "b"}, True, ...):
+            if name == "peft_type":
+                continue
+            strange = {k: v for k, v in {**config, name: wrong}.items() if v is not ...}
+            try:
+                all_of(tensors, strange, base)
+            except DoraToolsError as error:
+                assert len(str(error)) > 30
+
+
+def test_low_rank_updates_can_become_plain_lora(tmp_path: Path) -> None:
+    """Those that are of low rank exactly go where LoRA goes."""
+    for name in ("vera", "adalora", "vblora", "delora", "gralora-hybrid", "miss", "pvera-key"):
+        case = BY_NAME[name]
+        reading = formats.read(api.open_checkpoint(case.path), "it", "peft", with_base(None, case.base))
+        assert all(isinstance(update.delta, LowRank) for update in reading.adapter.updates), name
+        api.convert(case.path, tmp_path / name, "peft", base=case.base, fold_scaling=True)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert config["peft_type"] == "LORA"
+        merge(tmp_path / name, case.base, tmp_path / f"{name}-merged")
+        assert np.abs(computed(case, tmp_path / f"{name}-merged") - case.expected).max() < CLOSE
