@@ -154,39 +154,125 @@ def merged_outputs(out: Path, case: Case) -> Any:
 
 
 # What the README's table says, in its order: a row for the cases whose names match. Each case is in exactly one.
-ROWS = {
-    "LoRA, rsLoRA, DoRA; patterns; every `init_lora_weights` that leaves the base alone": r"dora|rslora-dora|rank-patterns|"
-    r"patterns-overlap|named-adapter|lora-bias|gaussian|orthogonal|mica|eva|(lora|dora)-peft-.*",
-    "PiSSA, OLoRA, KaSA on the original base": r"pissa|pissa-(rslora|gpt2|bf16)|olora|kasa",
-    "PiSSA, OLoRA converted to plain LoRA": r"(pissa|olora)-converted",
-    "CorDA, LoRA-GA, randomised PiSSA with the initial adapter; LoftQ on its residual base": r"corda|lora-ga|pissa-niter|loftq",
-    "`modules_to_save`, resized vocabulary, saved embeddings": r"modules-to-save.*|resized-.*",
-    "`bias` = all and lora_only": r"bias-.*",
-    "`trainable_token_indices`, TRAINABLE_TOKENS": r"token-rows.*",
-    "LoRA and DoRA of embeddings and heads, tied or not; `ensure_weight_tying`": r"lora-(embed|head)-.*|dora-embed|tied-.*",
-    "`nn.MultiheadAttention`": r"mha",
-    "`layer_replication`": r"layer-replication.*",
-    "BD-LoRA, QALoRA": r"bd-lora.*|qalora",
-    "VeLoRA, MonteCLoRA": r"velora|monteclora",
-    "experts by `target_parameters` (Mixtral, Qwen3-MoE, Qwen3.5-MoE, DeepSeek-V3, gpt-oss, Llama 4, Granite-MoE)": r"moe-(mixtral|"
-    r"qwen3|qwen3-5|deepseek|gpt-oss|llama4|granite)(?!.*-peft-).*",
-    "the same by PEFT 0.17 to 0.19": r"moe-(?!v4).*-peft-.*",
-    "experts as layers of their own (transformers 4), LoRA and DoRA": r"moe-v4-.*",
-    "experts in Unsloth's order": r"moe-unsloth-.*",
-    "LoHa": r"loha.*",
-    "LoKr": r"lokr.*",
-    "VeRA, PVeRA": r"p?vera.*",
-    "IA³": r"ia3.*",
-    "AdaLoRA": r"adalora.*",
-    "OFT, BOFT, HRA": r"b?oft.*|hra.*",
-    "RandLoRA, VB-LoRA, GraLoRA, DeLoRA, MiSS and Bone": r"(randlora|vblora|gralora|delora|miss|bone).*",
-    "FourierFT, WaveFT, C3A, SHiRA": r"(fourierft|waveft|c3a|shira).*",
-    "HiRA, RoAD, LN tuning, BEFT": r"(hira|road|ln-tuning|beft).*",
-    "LyCORIS's LoHa and LoKr, with DoRA too": r"lycoris.*",
-    "aLoRA, Arrow, X-LoRA, Poly": r"alora|arrow|xlora|poly",
-    "prompt methods": r"(prompt|prefix)-tuning",
-    "convolutions in groups": r"grouped-conv",
-}
+ROWS = [
+    (
+        "LoRA, rsLoRA, DoRA; patterns; every `init_lora_weights` that leaves the base alone",
+        r"dora|rslora-dora|rank-patterns|patterns-overlap|named-adapter|lora-bias|gaussian|orthogonal|mica|"
+        r"eva|(lora|dora)-peft-.*",
+    ),
+    (
+        "PiSSA, OLoRA, KaSA on the original base",
+        r"pissa|pissa-(rslora|gpt2|bf16)|olora|kasa",
+    ),
+    (
+        "PiSSA, OLoRA converted to plain LoRA",
+        r"(pissa|olora)-converted",
+    ),
+    (
+        "CorDA, LoRA-GA, randomised PiSSA with the initial adapter; LoftQ on its residual base",
+        r"corda|lora-ga|pissa-niter|loftq",
+    ),
+    (
+        "`modules_to_save`, resized vocabulary, saved embeddings",
+        r"modules-to-save.*|resized-.*",
+    ),
+    (
+        "`bias` = all and lora_only",
+        r"bias-.*",
+    ),
+    (
+        "`trainable_token_indices`, TRAINABLE_TOKENS",
+        r"token-rows.*",
+    ),
+    (
+        "LoRA and DoRA of embeddings and heads, tied or not; `ensure_weight_tying`",
+        r"lora-(embed|head)-.*|dora-embed|tied-.*",
+    ),
+    (
+        "`nn.MultiheadAttention`",
+        r"mha",
+    ),
+    (
+        "`layer_replication`",
+        r"layer-replication.*",
+    ),
+    (
+        "BD-LoRA, QALoRA",
+        r"bd-lora.*|qalora",
+    ),
+    (
+        "VeLoRA, MonteCLoRA",
+        r"velora|monteclora",
+    ),
+    (
+        "experts by `target_parameters` (Mixtral, Qwen3-MoE, Qwen3.5-MoE, DeepSeek-V3, gpt-oss, Llama 4, Granite-MoE)",
+        r"moe-(mixtral|qwen3|qwen3-5|deepseek|gpt-oss|llama4|granite)(?!.*-peft-).*",
+    ),
+    (
+        "the same by PEFT 0.17 to 0.19",
+        r"moe-(?!v4).*-peft-.*",
+    ),
+    (
+        "experts as layers of their own (transformers 4), LoRA and DoRA",
+        r"moe-v4-.*",
+    ),
+    (
+        "experts in Unsloth's order",
+        r"moe-unsloth-.*",
+    ),
+    (
+        "LoHa",
+        r"loha.*",
+    ),
+    (
+        "LoKr",
+        r"lokr.*",
+    ),
+    (
+        "VeRA, PVeRA",
+        r"p?vera.*",
+    ),
+    (
+        "IA³",
+        r"ia3.*",
+    ),
+    (
+        "AdaLoRA",
+        r"adalora.*",
+    ),
+    (
+        "OFT, BOFT, HRA",
+        r"b?oft.*|hra.*",
+    ),
+    (
+        "RandLoRA, VB-LoRA, GraLoRA, DeLoRA, MiSS and Bone",
+        r"(randlora|vblora|gralora|delora|miss|bone).*",
+    ),
+    (
+        "FourierFT, WaveFT, C3A, SHiRA",
+        r"(fourierft|waveft|c3a|shira).*",
+    ),
+    (
+        "HiRA, RoAD, LN tuning, BEFT",
+        r"(hira|road|ln-tuning|beft).*",
+    ),
+    (
+        "LyCORIS's LoHa and LoKr, with DoRA too",
+        r"lycoris.*",
+    ),
+    (
+        "aLoRA, Arrow, X-LoRA, Poly",
+        r"alora|arrow|xlora|poly",
+    ),
+    (
+        "prompt methods",
+        r"(prompt|prefix)-tuning",
+    ),
+    (
+        "convolutions in groups",
+        r"grouped-conv",
+    ),
+]
 
 
 def table() -> str:
@@ -194,7 +280,7 @@ def table() -> str:
     every = [Case(path.parent.name) for path in sorted(ROOT.glob("*/case.json"))]
     left = {case.name for case in every}
     lines = ["| what | cases | by PEFT | merged | written back |", "|---|---|---|---|---|"]
-    for title, pattern in ROWS.items():
+    for title, pattern in ROWS:
         members = [case for case in every if re.fullmatch(pattern, case.name)]
         assert members, title
         left -= {case.name for case in members}

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 _OLD_SERIES = (
-    "This OFT is of PEFT 0.16 or 0.17, which write no peft_version and double the last term of its series: it is merged "
-    "so. PEFT since 0.18 computes it otherwise."
+    "This OFT is of PEFT 0.16 or 0.17, which write no peft_version and double the last term of its series: it is "
+    "merged so. PEFT since 0.18 computes it otherwise."
 )
 
 
@@ -55,7 +55,7 @@ def _oft(source: Source, module: Module) -> Update:
         )
     # PEFT 0.16 and 0.17, which write no peft_version, double the last term of the series as well
     last = 1 if (source.version or (0,)) >= (0, 18) else 2
-    terms = source.count("num_cayley_neumann_terms", 1, 1000, 5) if source.flag("use_cayley_neumann") else 0
+    terms = source.count("num_cayley_neumann_terms", 1, 1000, 5) if source.flag("use_cayley_neumann", None) else 0
     limit = source.number("eps") / count**0.5 if source.flag("coft") else None
     share = source.flag("block_share") and count == 1
     if last == 2 and terms > 3 and _OLD_SERIES not in source.notes:

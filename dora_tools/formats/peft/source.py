@@ -125,7 +125,7 @@ class Source:
             raise InputError(f"adapter_config.json says {name} = 0, which would erase the adapter.")
         return value / rank, f"{value:g}/{rank}"
 
-    def flag(self, name: str, default: bool = False) -> bool:
+    def flag(self, name: str, default: bool | None = False) -> bool:
         value = self.config.get(name, default)
         if not isinstance(value, bool):
             raise InputError(f"adapter_config.json: {name} must be true or false, not {value!r}.")
