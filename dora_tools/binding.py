@@ -241,12 +241,18 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
 
 def _spots(update: Update, plan: _Plan, rule: tuple[str, str]) -> list[tuple[str, Update]]:
     """The tensors that an update is of, each with what the update is of it; its best name where there is none."""
-    original = expert_of(update)[0] if update.kind == "expert" else update.name
-    name = plan.places.place(original, rule)
-    if name in plan.base.tensors and update.kind != "expert":
-        return [(name, update)]
-    found = plan.places.find(name) or plan.places.find(original)
-    return spread(update, found, plan.base.tensors) if found else [(name, update)]
+    known, places = plan.base.tensors, plan.places
+    if update.kind != "expert":
+        name = places.place(update.name, rule)
+        found = [] if name in known else places.find(name) or places.find(update.name)
+        return spread(update, found, known) if found else [(name, update)]
+    original, number = expert_of(update)
+    name = places.place(original, rule)
+    name = name if places.find(name) else original
+    found = places.expert(name, number)
+    if places.find(name) and not found:
+        raise FitError(f"The base has no expert {number} of {name}. Is this the right base model?")
+    return spread(update, found, known) if found else [(name, update)]
 
 
 def _refuse_mixtures(plan: _Plan) -> None:

@@ -208,7 +208,7 @@ def remembered(promise: Ref) -> Ref:
         with _remembering:
             if number not in _remembered:
                 _remembered[number] = promise.fetch()
-                while len(_remembered) > 4:
+                while len(_remembered) > 6:
                     _remembered.popitem(last=False)
             _remembered.move_to_end(number)
             return _remembered[number]

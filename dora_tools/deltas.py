@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from .adapter import Axis, Delta, Kernel, LowRank, LowRankKernel, TowardKernel, loaded
-from .checkpoint import Ref
+from .checkpoint import Ref, computed
 from .dtypes import DTYPES, to_torch
 from .errors import UnsupportedError
 
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     import torch
 
 Start = Literal["pissa", "olora", "kasa"]
+
+
+def multiplied(low: LowRank) -> Ref:
+    """The product of two factors in full, without its scaling."""
+    return computed(low.shape, lambda b, a: b @ a, low.lora_B, low.lora_A)
+
+
+def tucker(core: Ref, a: Ref, b: Ref) -> LowRank:
+    """A core (r, s, …) with factors (r, out) and (s, in), as a product for the flat kernel (out, in · …)."""
+    shape = core.shape[0], b.shape[1] * prod(core.shape[2:])
+    inner = computed(shape, lambda t, v: (v.T @ t.flatten(2)).reshape(shape), core, b)
+    return LowRank(inner, a.T, 1.0)
 
 
 @dataclass(frozen=True, slots=True)

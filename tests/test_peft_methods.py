@@ -29,10 +29,15 @@ from dora_tools.formats.peft.methods import METHODS
 from dora_tools.merging import Merged
 from dora_tools.names.ties import CONV1D_LAYERS
 from dora_tools.opening import with_base
+from dora_tools.summary import Summary
 
 from .peft_cases import BASES, Case, cases, network, outputs, peft_marks
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:.*pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 CASES = cases(*METHODS)
 FIRST = list({case.kind: case for case in reversed(CASES)}.values())  # one of each method
 BY_NAME = {case.name: case for case in CASES}
@@ -173,6 +178,103 @@ def test_inspecting_needs_no_torch(with_base: bool) -> None:
     assert done.stdout.count(" parameters; base:") == len(CASES)
 
 
+def test_several_methods_at_once(tmp_path: Path) -> None:
+    """Each is merged from the pristine base, and their changes are added up."""
+    chosen = [BY_NAME[name] for name in ("oft", "hira", "vera", "loha", "road-1")]
+    before, strengths = stored(BASES / "llama"), [0.5, 1.0, -0.5, 0.25, 1.0]
+    merge([case.path for case in chosen], BASES / "llama", tmp_path / "out", strength=strengths)  # type: ignore[arg-type]
+    found = stored(tmp_path / "out")
+    made = [by_formula(case, before) for case in chosen]
+    for name, tensor in before.items():
+        whole = tensor.double()
+        changes = [s * (m[name] - whole) for s, m in zip(strengths, made, strict=True) if name in m]
+        assert_near(found[name], whole + sum(changes), name)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("module", ["attn.c_attn", "attn.c_proj", "mlp.c_proj"])
+@pytest.mark.parametrize("kind", ["OFT", "OFT old", "BOFT", "HRA", "ROAD", "MISS", "FOURIERFT", "SHIRA", "IA3"])
+def test_stored_by_columns(kind: str, module: str, strength: float) -> None:
+    """Of a base that stores (in, out), also where PEFT has no such layer, and of square weights."""
+    import make_peft_methods
+
+    torch.manual_seed(6)
+    base, path = api.open_checkpoint(BASES / "gpt2"), f"transformer.h.0.{module}"
+    weight = stored(BASES / "gpt2")[f"{path}.weight"].T.double()
+    out, in_ = weight.shape
+    made: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
+        "OFT": ({"oft_R.weight": torch.randn(in_ // 8, 28) * 0.3}, {"peft_version": "0.21.2"}),
+        "OFT old": ({"oft_r": torch.randn(4, out // 4, out // 4)}, {"r": 4}),
+        "BOFT": ({"boft_R": torch.randn(2, in_ // 4, 4, 4), "boft_s": torch.rand(out, 1) + 0.5}, {}),
+        "HRA": ({"hra_u": torch.randn(in_, 3)}, {"apply_GS": False}),
+        "ROAD": ({"road_theta": torch.randn(out), "road_alpha": torch.randn(out)}, {}),
+        "MISS": ({"miss_block": torch.randn(out // 8, 8, 8)}, {"init_weights": "bat"}),
+        "FOURIERFT": ({"fourierft_spectrum": torch.randn(50)}, {"scaling": 30.0, "random_loc_seed": 4}),
+        "SHIRA": ({"shira_weight": torch.randn(2), "shira_indices": torch.tensor([[0, out - 1], [in_ - 1, 3]])}, {}),
+        "IA3": ({"ia3_l": torch.randn(out, 1)}, {"feedforward_modules": []}),
+    }
+    tensors, options = made[kind]
+    always = {"variant": "road_2", "group_size": 16, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5}
+    config = {**always, "coft": False, "fan_in_fan_out": True, "feedforward": False, **options}
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+    _, formula = make_peft_methods.METHODS[kind.split()[0]]
+    if kind == "OFT old":
+        formula = make_peft_methods.oft_output
+    expected = weight + strength * (formula(weight, exact, config) - weight)
+    named = {f"base_model.model.{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    reading = formats.read(opened(named, {**config, "peft_type": kind.split()[0]}), "it", given=with_base(None, base))
+    merged = Merged(bind([(reading.adapter, strength)], base))
+    found = merged.read(next(name for name in merged.merged if name.endswith("weight")))
+    assert_near(found.T, expected, kind)
+
+
+@pytest.mark.parametrize("kind", ["FOURIERFT", "SHIRA", "MISS", "OFT", "BOFT", "IA3", "LOHA", "LOKR", "VERA", "ROAD"])
+def test_into_a_gguf(kind: str) -> None:
+    """Whose q has its rows in another order: the same as into the Hugging Face model, or refused where rows mix."""
+    from .gguf_models import family
+
+    torch.manual_seed(8)
+    model, path = family("llama"), "model.layers.0.self_attn.q_proj"
+    hf, gguf = api.open_checkpoint(model.folder / "model.safetensors"), api.open_checkpoint(model.base)
+    out, in_ = hf.tensors[f"{path}.weight"].shape
+    made: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
+        "FOURIERFT": ({"fourierft_spectrum": torch.randn(50)}, {"scaling": 30.0, "random_loc_seed": 4}),
+        "SHIRA": ({"shira_weight": torch.randn(2), "shira_indices": torch.tensor([[1, out - 1], [in_ - 1, 3]])}, {}),
+        "MISS": ({"miss_block": torch.randn(3, 4)}, {"init_weights": "mini"}),
+        "OFT": ({"oft_R.weight": torch.randn(in_ // 8, 28) * 0.3}, {"use_cayley_neumann": False}),
+        "BOFT": ({"boft_R": torch.randn(1, in_ // 4, 4, 4), "boft_s": torch.rand(out, 1) + 0.5}, {}),
+        "IA3": ({"ia3_l": torch.randn(out, 1)}, {}),
+        "LOHA": (
+            {f"hada_w{n}_{x}": torch.randn(*((out, 2) if x == "a" else (2, in_))) for n in "12" for x in "ab"},
+            {},
+        ),
+        "LOKR": (
+            {"lokr_w1": torch.randn(4, 2), "lokr_w2": torch.randn(out // 4, in_ // 2)},
+            {"rank_dropout_scale": False},
+        ),
+        "VERA": ({"vera_lambda_d": torch.randn(3), "vera_lambda_b": torch.randn(out)}, {}),
+        "ROAD": (
+            {"road_theta": torch.randn(out), "road_alpha": torch.randn(out)},
+            {"variant": "road_2", "group_size": 8},
+        ),
+    }
+    tensors, options = made[kind]
+    named = {f"base_model.model.{path}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    if kind == "VERA":
+        named |= {"base_model.vera_A": torch.randn(3, in_ + 2), "base_model.vera_B": torch.randn(out + 1, 3)}
+    found = []
+    for base, name in ((hf, f"{path}.weight"), (gguf, "blk.0.attn_q.weight")):
+        reading = formats.read(opened(named, {**options, "peft_type": kind}), "it", given=with_base(None, base))
+        if kind == "ROAD" and base is gguf:
+            with pytest.raises(UnsupportedError, match="mixes the rows"):
+                bind([(reading.adapter, 1.0)], base)
+            return
+        found.append(Merged(bind([(reading.adapter, 1.0)], base)).read(name))
+    expected = torch.from_numpy(model.transformed("blk.0.attn_q.weight", found[0].double().numpy()).copy())
+    assert float((found[0] - hf.read(f"{path}.weight")).abs().max()) > 0.01
+    assert_near(found[1], expected, kind)
+
+
 # What PEFT does and no fixture has
 
 
@@ -224,7 +326,7 @@ def changed(case: Case, folder: Path, **options: Any) -> Path:
     ("name", "options", "version"),
     [
         ("lokr-peft-0-12-0", {"rank_dropout_scale": False}, "0.13.2"),
-        ("lokr", {"rank_dropout_scale": ...}, "0.14.0"),
+        ("lokr", {"rank_dropout_scale": ..., "peft_version": ...}, "0.14.0"),
         ("loha-patterns-peft-0-12-0", {"exclude_modules": None}, "0.14.0"),
         ("loha-patterns", {"exclude_modules": ..., "peft_version": ...}, "0.15.0"),
         ("oft-peft-0-17-1", {"peft_version": "0.21.2"}, "0.16.0"),
@@ -262,7 +364,7 @@ def test_patterns_that_only_a_version_tells_are_noted(tmp_path: Path) -> None:
 )
 def test_left_out(name: str, count: int, reason: str) -> None:
     found = api.inspect(BY_NAME[name].path)
-    assert isinstance(found, api.Summary)
+    assert isinstance(found, Summary)
     assert len(found.left_out) == count
     assert all(reason in said for said in found.left_out.values())
 
@@ -429,7 +531,7 @@ IRRELEVANT = {"base_model_name_or_path", "auto_mapping", "inference_mode", "revi
 def test_a_strange_option_is_no_traceback(case: Case) -> None:
     tensors, config, base = parts(case)
     for name in config.keys() - IRRELEVANT:
-        for wrong in ("x", -1, 0, 1.5, 1e300, 10**40, None, [], ["("], {}, {"(": 1}, {"a": "b"}, True, ...):
+        for wrong in ("x", -1, 0, 1.5, 1e300, 10**400, None, [], ["("], {}, {"(": 1}, {"a": "b"}, True, ...):
             if name == "peft_type":
                 continue
             strange = {k: v for k, v in {**config, name: wrong}.items() if v is not ...}
@@ -450,3 +552,124 @@ def test_low_rank_updates_can_become_plain_lora(tmp_path: Path) -> None:
         assert config["peft_type"] == "LORA"
         merge(tmp_path / name, case.base, tmp_path / f"{name}-merged")
         assert np.abs(computed(case, tmp_path / f"{name}-merged") - case.expected).max() < CLOSE
+
+
+# LyCORIS' own files
+
+
+LYCORIS = [Case(path.parent.name) for path in sorted((BASES.parent).glob("lycoris-*/case.json"))]
+
+
+def lycoris_formula(case: Case, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    import make_peft_methods
+
+    made: dict[str, torch.Tensor] = make_peft_methods.merge_lycoris(case.path, weights)
+    return made
+
+
+@pytest.mark.parametrize("case", LYCORIS, ids=ids)
+def test_lycoris(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, before = case.path / "lycoris.safetensors", stored(case.base)
+    merge(adapter, case.base, tmp_path / "out")
+    assert np.abs(computed(case, tmp_path / "out") - case.expected).max() < CLOSE
+    assert case.facts["differs_from_base"] > 100 * CLOSE
+    monkeypatch.setattr(checkpoint, "TILE_ELEMENTS", 200)
+    expected = lycoris_formula(case, before)
+    found = merge(adapter, case.base, tmp_path / "half", strength=0.5)
+    for name, tensor in before.items():
+        whole = tensor.double()
+        if name in expected:
+            assert_near(found[name], whole + 0.5 * (expected[name] - whole), name)
+        else:
+            assert torch.equal(found[name], tensor)
+
+
+def lycoris_parts(name: str) -> tuple[dict[str, torch.Tensor], Checkpoint]:
+    case = next(case for case in LYCORIS if case.name == name)
+    return dict(load_file(case.path / "lycoris.safetensors")), api.open_checkpoint(case.base)
+
+
+def merged_lycoris(tensors: Mapping[str, torch.Tensor], base: Checkpoint) -> dict[str, torch.Tensor]:
+    refs = {name: constant(tensor, name) for name, tensor in tensors.items()}
+    reading = formats.read(Tensors(refs), "it", given=with_base(None, base))
+    assert reading.adapter.format == "lycoris"
+    binding = bind([(reading.adapter, 1.0)], base)
+    return {name: Merged(binding).read(name) for name in binding.bound}
+
+
+def test_lycoris_of_convolutions() -> None:
+    """Convolutions flat and by Tucker, LoHa, LoKr and LoCon, against the formulas written out."""
+    torch.manual_seed(4)
+    base = api.open_checkpoint(BASES / "convs")
+    weight = stored(BASES / "convs")["square.weight"]  # (12, 8, 3, 3)
+    core, ones, twos = torch.randn(2, 2, 3, 3), torch.randn(2, 12), torch.randn(2, 8)
+    other, a, b = torch.randn(2, 2, 3, 3), torch.randn(2, 12), torch.randn(2, 8)
+    tucker = "ijkl,ip,jr->prkl"
+    named = {"hada_t1": core, "hada_w1_a": ones, "hada_w1_b": twos, "hada_t2": other, "hada_w2_a": a, "hada_w2_b": b}
+    expected = weight + 1.5 * torch.einsum(tucker, core, ones, twos) * torch.einsum(tucker, other, a, b)
+    cases = [({**named, "alpha": torch.tensor(3.0)}, expected)]
+    w1, w2, low, high = torch.randn(3, 2), torch.randn(4, 4, 3, 3), torch.randn(4, 2), torch.randn(2, 36)
+    cases.append(({"lokr_w1": w1, "lokr_w2": w2}, weight + torch.kron(w1[:, :, None, None], w2)))
+    flat = torch.kron(w1[:, :, None, None], (low @ high).reshape(4, 4, 3, 3))
+    cases.append(
+        ({"lokr_w1": w1, "lokr_w2_a": low, "lokr_w2_b": high, "alpha": torch.tensor(5.0)}, weight + 2.5 * flat)
+    )
+    small = {"lokr_w1": w1, "lokr_t2": core, "lokr_w2_a": torch.randn(2, 4), "lokr_w2_b": torch.randn(2, 4)}
+    inner = torch.einsum(tucker, core, small["lokr_w2_a"], small["lokr_w2_b"])
+    cases.append((small, weight + torch.kron(w1[:, :, None, None], inner.contiguous())))
+    up, down = torch.randn(12, 2, 1, 1), torch.randn(2, 8, 1, 1)
+    mixed = torch.einsum("op,pqkl,qi->oikl", up[:, :, 0, 0], core, down[:, :, 0, 0])
+    parts = {"lora_up.weight": up, "lora_mid.weight": core, "lora_down.weight": down, "alpha": torch.tensor(1.0)}
+    cases.append((parts, weight + 0.5 * mixed))
+    whole = torch.randn(2, 8, 3, 3)
+    v = weight + torch.einsum("op,pikl->oikl", up[:, :, 0, 0], whole)
+    m = torch.rand(12, 1, 1, 1) + 1
+    parts = {"lora_up.weight": up, "lora_down.weight": whole, "alpha": torch.tensor(0.0), "dora_scale": m}
+    cases.append((parts, v * m / v.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)))
+    for tensors, wanted in cases:
+        found = merged_lycoris({f"lycoris_square.{leaf}": t for leaf, t in tensors.items()}, base)
+        assert_near(found["square.weight"].reshape(wanted.shape), wanted.double(), str(list(tensors)))
+
+
+def test_lycoris_refusals() -> None:
+    path = "lycoris_model_layers_0_mlp_down_proj"
+    tensors, base = lycoris_parts("lycoris-loha-dora")
+    with pytest.raises(InputError, match=r"_ for every dot.*--base"):
+        api.read_adapter(BASES.parent / "lycoris-loha" / "lycoris.safetensors")
+    for change, message in (
+        ({f"{path}.hada_w1_a": None}, "no hada_w1_a: the file is incomplete"),
+        ({f"{path}.hada_w1_a": torch.ones(32)}, r"has shape \[32\]; expected \[any, any\]"),
+        ({f"{path}.hada_w2_a": torch.ones(31, 2)}, "must be equal"),
+        ({f"{path}.hada_w1_a": torch.ones(32, 2, dtype=torch.int32)}, "holds fractions"),
+        ({f"{path}.alpha": torch.tensor(torch.inf)}, "erase the adapter"),
+        ({f"{path}.alpha": torch.ones(2)}, "it is one number"),
+        ({f"{path}.scalar": torch.ones(())}, "scalar is not something"),
+        ({f"{path}.lokr_w1": torch.ones(2, 2)}, "LoHa, LoKr and LoCon"),
+        ({f"{path}.dora_scale": torch.ones(32)}, "32 outputs and 48 inputs"),
+        ({f"{path}.dora_scale": torch.ones(48, 1)}, "32 outputs and 48 inputs"),
+        ({f"{path}x.alpha": torch.ones(())}, "no weight in the base"),
+        ({f"{path}.hada_w1_a": torch.full((32, 2), torch.nan)}, "NaN or Inf"),
+    ):
+        wrong = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+        with pytest.raises(DoraToolsError, match=message):
+            merged_lycoris(wrong, base)
+
+
+@pytest.mark.parametrize("name", ["lycoris-loha-dora", "lycoris-lokr-dora-in", "lycoris-lokr-full"])
+def test_a_misshapen_lycoris_is_no_traceback(name: str) -> None:
+    tensors, base = lycoris_parts(name)
+    for key in (key for key in tensors if "layers_0_mlp" in key):
+        tensor = tensors[key]
+        for wrong in (
+            tensor.unsqueeze(0),
+            tensor.flatten(),
+            tensor.flatten()[:0],
+            tensor.flatten()[0],
+            torch.cat([tensor.unsqueeze(0), tensor.unsqueeze(0)]).flatten(0, 1 if tensor.ndim else 0),
+            tensor.int(),
+            tensor.bool(),
+        ):
+            try:
+                merged_lycoris({**tensors, key: wrong}, base)
+            except DoraToolsError as error:
+                assert len(str(error)) > 30

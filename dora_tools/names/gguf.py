@@ -18,7 +18,7 @@ from typing import Any
 
 from ..adapter import Adapter, LowRank, Replacement, Update
 from ..checkpoint import Checkpoint, Ref, TensorInfo
-from ..deltas import Tokens
+from ..deltas import Sized, Tokens
 from ..errors import FitError, InputError, TargetError, UnsupportedError
 
 _NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]{0,5})(?![^.])")
@@ -280,8 +280,11 @@ class Dialect:
         update = replace(update, module=place.name, transposed=False, told=True)
         if update.kind == "embedding" or isinstance(update.delta, Tokens):
             return update
+        parted = place.expert is not None or bool(place.slice)
+        if out < 0 and isinstance(update.delta, Sized) and known is not None and not parted:
+            out = known.shape[0]  # its rows differ, only their number is not known
         if out < 0:  # it is the same for all rows
-            if place.expert is not None or place.slice:
+            if parted:
                 raise UnsupportedError(
                     f"{update.module} is one part of {place.name} in the GGUF, and what its adapter does to a part is "
                     "not known here. Merge into the Hugging Face model instead."

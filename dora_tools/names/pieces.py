@@ -26,7 +26,7 @@ def expert_of(update: Update) -> tuple[str, int]:
 
 def shape_of(found: Found, known: Mapping[str, TensorInfo]) -> tuple[int, ...] | None:
     """The shape that the parameter has at run time; None where its pieces do not tell."""
-    if len(found) == 1 and found[0][1] is None:
+    if len(found) == 1 and (found[0][1] is None or _as_it_may_be(found[0][1])):
         return known[found[0][0]].shape
     pieces = [(known[name].shape, piece) for name, piece in found if piece is not None]
     if not pieces or any(p.unknown or p.whole_on_disk or p.turned is None or len(s) < 2 for s, p in pieces):
@@ -41,8 +41,13 @@ def shape_of(found: Found, known: Mapping[str, TensorInfo]) -> tuple[int, ...] |
     return (max(e or 0 for e in experts) + 1, *first) if stacked else tuple(first)
 
 
+def _as_it_may_be(piece: Piece) -> bool:
+    """The same tensor, which may be stored as its transpose: its shape tells, if it is not square."""
+    return piece.turned is None and not piece.unknown and piece.parts == 1
+
+
 def spread(update: Update, found: Found, known: Mapping[str, TensorInfo]) -> list[tuple[str, Update]]:
-    """The update as one of each tensor that it is in, by the tensor's name.
+    """The update as one of each tensor that it is in, by the tensor's name; of an expert, ``found`` are its own.
 
     Raises UnsupportedError for a layout that is not rows of rows, FitError for an expert that the base does not have.
     """
@@ -50,13 +55,13 @@ def spread(update: Update, found: Found, known: Mapping[str, TensorInfo]) -> lis
     expert = None
     if update.kind == "expert":
         name, expert = expert_of(update)
-        found = [(disk, p) for disk, p in found if p is None or p.expert in (None, expert)]
-        if not found:
-            raise FitError(f"The base has no expert {expert} of {name}. Is this the right base model?")
     made: list[tuple[str, Update]] = []
     at = 0
     for disk, piece in sorted(found, key=lambda item: item[1].part if item[1] is not None else 0):
         info = known[disk]
+        if piece is not None and _as_it_may_be(piece):
+            piece, square = None, len({*update.delta.shape}) == 1
+            update = replace(update, told=update.told and not square)
         if piece is not None and (piece.unknown or piece.turned is None):
             raise UnsupportedError(
                 f"{name} is made of {disk} in a way that dora-tools does not know "

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, Ref, TensorInfo, ref
 from ..errors import FitError
-from .moved import Whereabouts
+from .moved import Piece, Whereabouts
 from .pieces import Found, shape_of
-from .ties import MOVED, ON_DISK
+from .ties import MOVED
 
 Rule = tuple[str, str]  # the prefix that is dropped, and the one that takes its place
 
@@ -32,11 +32,6 @@ class Places:
     def whereabouts(self) -> Whereabouts:
         return Whereabouts(self.known, self.config)
 
-    @cached_property
-    def moved(self) -> bool:
-        """Whether the base has its language model where older files of multimodal models have it."""
-        return any(name.startswith(MOVED[0][1]) for name in self.known)
-
     def spelled(self, name: str) -> str:
         """A name of the model at run time as this base spells it, where transformers has moved it."""
         if name in self.known:
@@ -44,15 +39,31 @@ class Places:
         there = self.find(name)
         if len(there) == 1 and there[0][1] is None:
             return there[0][0]
-        name = ON_DISK.get(self.model_type, {}).get(name, name)
-        moves = MOVED if self.moved else ()
-        moved = next((old + name.removeprefix(new) for new, old in moves if name.startswith(new)), name)
-        outer = name.removeprefix("model.") if self.moved else name  # of a multimodal model: its other towers
-        return next((n for n in (name, moved, outer) if n in self.known), moved)
+        return name
 
     def find(self, name: str) -> Found:
         """The tensors that a parameter of the model at run time is in, each with the piece that it is; maybe none."""
-        return [(name, None)] if name in self.known else self.whereabouts.find(name)
+        if name not in self._found:
+            self._found[name] = self.whereabouts.find(name)
+        return self._found[name]
+
+    def expert(self, name: str, number: int) -> Found:
+        """Those of them that an expert's matrix is in."""
+        if name not in self._experts:
+            groups: dict[int | None, list[tuple[str, Piece | None]]] = {}
+            for disk, piece in self.find(name):
+                groups.setdefault(piece.expert if piece is not None else None, []).append((disk, piece))
+            self._experts[name] = groups
+        groups = self._experts[name]
+        return [*groups.get(number, ()), *groups.get(None, ())]
+
+    @cached_property
+    def _found(self) -> dict[str, Found]:
+        return {}
+
+    @cached_property
+    def _experts(self) -> dict[str, dict[int | None, list[tuple[str, Piece | None]]]]:
+        return {}
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a parameter of the model at run time; None where the base does not tell."""

@@ -21,7 +21,6 @@ def replicated(
 
     Raises FitError where it has no such layers, UnsupportedError for a base without names of layers to go by.
     """
-    order = [layer for first, last in ranges for layer in range(first, last)]
     lists: dict[str, set[int]] = {}
     for name in base.tensors:
         if match := _LIST.match(name):
@@ -29,18 +28,20 @@ def replicated(
     text = config.get("text_config")
     settings = text if isinstance(text, dict) else config
     count = next((settings[key] for key in _COUNTS if isinstance(settings.get(key), int)), None)
-    found = [prefix for prefix, numbers in lists.items() if numbers == set(range(count or len(numbers)))]
+    found = [p for p, ns in lists.items() if len(ns) == (count or len(ns)) and ns == set(range(len(ns)))]
     if "gguf" in base.metadata or len(found) != 1:
         raise UnsupportedError(
             "The adapter was trained with replicated layers (layer_replication), and of this base dora-tools cannot "
             "tell which names are those of its layers."
         )
     prefix, known = found[0], lists[found[0]]
-    if max(order) not in known:
+    most = max(last for _, last in ranges) - 1
+    if most not in known:
         raise FitError(
-            f"layer_replication names layer {max(order)}, and the base has {len(known)} of them ({prefix}.0 to "
+            f"layer_replication names layer {most}, and the base has {len(known)} of them ({prefix}.0 to "
             f"{prefix}.{len(known) - 1}). Is this the right base model?"
         )
+    order = [layer for first, last in ranges for layer in range(first, last)]
     copies: dict[int, list[int]] = {}
     for new, old in enumerate(order):
         copies.setdefault(old, []).append(new)

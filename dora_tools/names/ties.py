@@ -31,9 +31,6 @@ TASK_HEADS = frozenset(
     {"score", "classifier", "qa_outputs", "classification_head", "pre_classifier", "v_head", "value_head"}
 )
 
-# Run-time names that transformers 5 reads from and writes to disk under another name, by model type.
-ON_DISK = {"gpt_neox": {"lm_head.weight": "embed_out.weight"}}
-
 # Weights with one row for each label of a classification model.
 LABEL_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
 

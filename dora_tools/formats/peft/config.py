@@ -47,7 +47,7 @@ def checked(config: Any, methods: Collection[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError("adapter_config.json is missing or not an object; PEFT writes it beside the weights.")
     kind = config.get("peft_type")
-    if kind not in methods:
+    if not isinstance(kind, str) or kind not in methods:
         why = _REFUSED.get(str(kind))
         raise UnsupportedError(
             f"adapter_config.json says peft_type {kind!r}, which {why}: there is nothing to merge."
@@ -66,11 +66,9 @@ def checked(config: Any, methods: Collection[str]) -> dict[str, Any]:
         saved = config.get(name)
         if saved is not None and not (isinstance(saved, list) and all(isinstance(n, str) and n for n in saved)):
             raise InputError(f"adapter_config.json: {name} must be a list of names, not {saved!r}.")
-    for name in ("rank_pattern", "alpha_pattern"):
+    for name in ("rank_pattern", "alpha_pattern", "kasa_config"):
         if not isinstance(config.get(name) or {}, dict):
-            raise InputError(
-                f"adapter_config.json: {name} must be an object of pattern → number, not {config[name]!r}."
-            )
+            raise InputError(f"adapter_config.json: {name} must be an object, not {config[name]!r}.")
     return config
 
 

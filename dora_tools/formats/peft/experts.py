@@ -23,6 +23,8 @@ from .keys import Module
 from .lora import Settings, factors
 
 LAYOUTS = ("rank_major", "grouped_by_expert")
+_LEAVES = ("lora_A", "lora_B")
+_MOST = 6  # parameters of a module, whose orders are tried
 ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # as transformers registers them
 
 
@@ -66,6 +68,9 @@ def stacked(
     do not tell which parameter is meant.
     """
     places = places_of(given.base()) if given.base is not None else None
+    paths = [levels[0].path for levels in modules]
+    full = [f"{path}.{name}" for path in paths for name in targeted(path, settings.config)]
+    rule = places.rule(full) if places is not None else ("", "")
     found: list[_Stack] = []
     doubts: list[str] = []
     for levels in modules:
@@ -73,8 +78,10 @@ def stacked(
         names = targeted(path, settings.config)
         shapes: dict[str, tuple[int, ...]] = {}
         if places is not None:
-            shapes = {name: shape for name in names if (shape := places.shape(f"{path}.{name}"))}
+            spelled = {name: places.place(f"{path}.{name}", rule) for name in names}
+            shapes = {name: shape for name, there in spelled.items() if (shape := places.shape(there))}
             names = [name for name in names if name in shapes]
+        _check(levels)
         pairs = [factors(checkpoint, level)[:2] for level in levels]
         owners, doubt = _assigned(path, pairs, names, shapes)
         doubts += [doubt] * bool(doubt)
@@ -87,6 +94,18 @@ def stacked(
     if places is None and (version or (0,)) < (0, 19, 1) and any(u.kind == "expert" for u in updates):
         doubts.append("which axis of the experts' weights lora_A is of")
     return updates, doubts[0] if doubts else ""
+
+
+def _check(levels: Sequence[Module]) -> None:
+    """Raises InputError for a level that is missing, UnsupportedError for what PEFT has not of a bare parameter."""
+    if [level.depth for level in levels] != list(range(len(levels))):
+        raise InputError(
+            f"{levels[0].path}: adapters of its parameters stand in base_layer of others, of which the file has none: "
+            "it is incomplete."
+        )
+    other = next((key for level in levels for leaf, key in level.parts.items() if leaf not in _LEAVES), None)
+    if other is not None:
+        raise UnsupportedError(f"{other}: of target_parameters PEFT has plain lora_A and lora_B only.")
 
 
 def nesting(updates: Sequence[Update]) -> dict[str, tuple[str, ...]]:
@@ -119,6 +138,11 @@ def _updates(
             "one rank. Is this the right base model?"
         )
     rank = a.shape[0] // count
+    if count > 1 and "r" in settings.config and rank != said:
+        raise FitError(
+            f"{full}: lora_A has {a.shape[0]} rows, and the config says r = {said}, but {count} experts would have "
+            f"{rank} each. Is this the right base model?"
+        )
     scaling, source = settings.scaling(full, rank)
     if len(shape) == 2 or (not shape and count == 1):
         return [Update(stack.path, LowRank(a, b, scaling, source), parameter=stack.name, transposed=False, told=True)]
@@ -150,6 +174,10 @@ def _assigned(
         raise FitError(
             f"{path}: {len(pairs)} parameters of it are adapted, and target_parameters names "
             f"{len(names)} that {'the base has' if shapes else 'it may have'}."
+        )
+    if len(names) > _MOST:
+        raise UnsupportedError(
+            f"{path}: target_parameters names {len(names)} parameters of it, and dora-tools tries {_MOST}."
         )
     known = [name for name in reversed(ORDER) if name in names]
     usual = [*known, *(name for name in names if name not in known)][: len(pairs)] if len(known) > 1 else None

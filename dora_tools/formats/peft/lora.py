@@ -117,7 +117,7 @@ def _whole(a: Ref, b: Ref, path: str, config: Mapping[str, Any]) -> tuple[Ref, R
         if not isinstance(count, int) or count < 1:
             raise InputError(f"adapter_config.json: use_bdlora has nblocks {count!r}, which is no number of blocks.")
         in_a, in_b = (
-            any(isinstance(name, str) and name in path for name in blocks.get(f"target_modules_bd_{x}") or ())
+            any(isinstance(name, str) and name in path for name in _names(blocks, f"target_modules_bd_{x}"))
             for x in "ab"
         )
         if in_a and in_b:
@@ -134,6 +134,13 @@ def _whole(a: Ref, b: Ref, path: str, config: Mapping[str, Any]) -> tuple[Ref, R
         # the mean of a group of inputs, times the number of groups
         a = computed((a.shape[0], pools * group), lambda v: v.repeat_interleave(group, 1) * (pools / group), stored)
     return a, b
+
+
+def _names(blocks: Mapping[str, Any], option: str) -> list[Any]:
+    found = blocks.get(option) or []
+    if not isinstance(found, list):
+        raise InputError(f"adapter_config.json: {option} of use_bdlora must be a list of names, not {found!r}.")
+    return found
 
 
 def _diagonal(factor: Ref, count: int) -> Ref:

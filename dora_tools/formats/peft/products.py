@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from ...adapter import Dense, LowRank, Update
 from ...checkpoint import Ref, computed
-from ...deltas import Hadamard, Kronecker
+from ...deltas import Hadamard, Kronecker, multiplied, tucker
 from ...errors import InputError
 from .keys import Module
-from .source import Scales, Source, multiplied
+from .source import Scales, Source
 
 if TYPE_CHECKING:
     import torch
@@ -86,10 +86,7 @@ def _tucker(source: Source, module: Module, core: str, a: str, b: str) -> tuple[
     middle = source.tensor(module, core, "rank", "rank", "height", "width")
     first, second, *kernel = middle.shape
     left, right = source.tensor(module, a, first, "out"), source.tensor(module, b, second, "in")
-    in_ = right.shape[1]
-    shape = first, in_ * kernel[0] * kernel[1]
-    inner = computed(shape, lambda t, v: (v.T @ t.flatten(2)).reshape(shape), middle, right)
-    return LowRank(inner, left.T, 1.0), (in_, *kernel)
+    return tucker(middle, left, right), (right.shape[1], *kernel)
 
 
 def adalora(source: Source) -> list[Update]:

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 from ...adapter import Delta, Kind, LowRank, Update
-from ...checkpoint import Checkpoint, Ref, computed, ref, remembered
-from ...deltas import Sized
+from ...checkpoint import Checkpoint, Ref, ref, remembered
+from ...deltas import Sized, multiplied
 from ...dtypes import DTYPES
 from ...errors import FitError, InputError, UnsupportedError
 from ...names.places import found
@@ -109,7 +109,7 @@ class Source:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.config.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or abs(value) > 1e15:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e15:
             raise InputError(f"adapter_config.json: {name} must be a number, not {value!r}.")
         return value
 
@@ -179,11 +179,6 @@ class Source:
             other = stored[1] if stored[0] == known else stored[0]
             return make(out, other) if out == known else make(other, in_)
         return Sized(make, shape, numbers, key)
-
-
-def multiplied(low: LowRank) -> Ref:
-    """The product of two factors in full."""
-    return computed(low.shape, lambda b, a: b @ a, low.lora_B, low.lora_A)
 
 
 class Scales:

@@ -23,7 +23,7 @@ def token_rows(checkpoint: Checkpoint, config: Mapping[str, Any], keys: Keys) ->
         if isinstance(said, Mapping):
             indices = next((v for name, v in said.items() if module == name or module.endswith(f".{name}")), None)
         rows = ref(checkpoint, key)
-        if not isinstance(indices, list) or not all(isinstance(i, int) and i >= 0 for i in indices):
+        if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
             raise InputError(f"adapter_config.json does not say which token rows {key} holds: {said!r}.")
         if len(rows.shape) != 2 or rows.shape[0] != len(indices) or len(set(indices)) != len(indices):
             raise InputError(
