@@ -205,8 +205,8 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
                     f"{update.module} has a trained LoRA bias ({update.bias.key}), but the base has no {bias} to add "
                     "it to, and neither has its architecture, as far as the base tells."
                 )
-            delta = Dense(update.bias.reshape(-1, 1))
-            plan.updates.setdefault(bias, []).append((Update(update.module, delta, part=update.part), strength))
+            added = Update(update.module, Dense(update.bias.reshape(-1, 1)), kind="whole", part=update.part)
+            plan.updates.setdefault(bias, []).append((added, strength))
             plan.touched.setdefault(bias, set()).add(number)
         if update.magnitude is not None and update.magnitude.scales_bias:
             plan.touched.setdefault(name.removesuffix("weight") + "bias", set()).add(number)
@@ -519,10 +519,9 @@ def _orient(plan: _Plan, view: Checkpoint) -> tuple[dict[str, tuple[Bound, ...]]
             if update.part is not None:
                 first, last = update.part
                 stored = (last - first, info.width) if 0 <= first < last <= info.rows else (0, 0)
-            whole = isinstance(update.delta, Dense) and update.delta.shape in ((*info.shape, 1), stored)
             if isinstance(update.delta, Tokens):
                 _check_tokens(update.delta, name, info)
-            if update.kind == "whole" or (whole and not update.kernel_size):
+            if update.kind == "whole":
                 if out not in (-1, info.rows) and update.part is None:
                     raise FitError(_misfit_sentence(update, (out, in_), info, plan))
                 delta = update.delta.onto(ref(view, name).reshape(info.rows, -1))

@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from dora_tools import api, checkpoint, formats
 from dora_tools.adapter import LowRank
 from dora_tools.binding import bind
-from dora_tools.checkpoint import Checkpoint, Tensors, constant
+from dora_tools.checkpoint import Checkpoint, Tensors, constant, ref
 from dora_tools.errors import DoraToolsError, FitError, InputError, UnsupportedError, UsageError
 from dora_tools.formats import Given
 from dora_tools.formats.peft.methods import METHODS
@@ -44,6 +44,15 @@ BY_NAME = {case.name: case for case in CASES}
 CLOSE = 1e-5
 # Of another PEFT, and the newest has no such method any more, or reads the same file as something else
 LOST = {"boft-2", "oft-peft-0-12-0", "oft-share-peft-0-12-0", "oft-peft-0-15-2", "oft-peft-0-17-1"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch's own threads wait for each other longer than matrices of this size take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def ids(case: Case) -> str:
@@ -95,7 +104,7 @@ def test_merged_as_trained(case: Case, tmp_path: Path) -> None:
     assert case.facts["differs_from_base"] > 100 * CLOSE
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5, -0.25])
+@pytest.mark.parametrize("strength", [1.0, -0.5])
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_in_part_and_in_blocks(case: Case, strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """W + strength (W' − W), computed a few rows at a time; nothing else changes."""
@@ -205,7 +214,7 @@ def test_stored_by_columns(kind: str, module: str, strength: float) -> None:
     made: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]] = {
         "OFT": ({"oft_R.weight": torch.randn(in_ // 8, 28) * 0.3}, {"peft_version": "0.21.2"}),
         "OFT old": ({"oft_r": torch.randn(4, out // 4, out // 4)}, {"r": 4}),
-        "BOFT": ({"boft_R": torch.randn(2, in_ // 4, 4, 4), "boft_s": torch.rand(out, 1) + 0.5}, {}),
+        "BOFT": ({"boft_R": torch.randn(3, in_ // 4, 4, 4), "boft_s": torch.rand(out, 1) + 0.5}, {}),
         "HRA": ({"hra_u": torch.randn(in_, 3)}, {"apply_GS": False}),
         "ROAD": ({"road_theta": torch.randn(out), "road_alpha": torch.randn(out)}, {}),
         "MISS": ({"miss_block": torch.randn(out // 8, 8, 8)}, {"init_weights": "bat"}),
@@ -309,6 +318,19 @@ def test_as_peft_computes(kind: str, options: dict[str, Any], tmp_path: Path) ->
     expected = outputs(model.eval(), case.inputs)
     assert np.abs(expected - outputs(network(base), case.inputs)).max() > 0.05
     assert np.abs(outputs(network(tmp_path / "out"), case.inputs) - expected).max() < 3e-5
+
+
+@pytest.mark.parametrize("family", ["db1", "db2"])
+def test_wavelets_of_odd_sizes(family: str) -> None:
+    import make_peft_methods
+
+    base, spectrum = api.open_checkpoint(BASES / "convs"), torch.randn(30)
+    weight = stored(BASES / "convs")["head.weight"].double()  # (5, 14)
+    config = {"scaling": 2.0, "random_loc_seed": 3, "use_idwt": True, "wavelet_family": family, "peft_type": "WAVEFT"}
+    tensors = {"base_model.model.head.waveft_spectrum": spectrum}
+    reading = formats.read(opened(tensors, config), "it", given=with_base(None, base))
+    found = Merged(bind([(reading.adapter, 1.0)], base)).read("head.weight")
+    assert_near(found, make_peft_methods.waveft(weight, {"waveft_spectrum": spectrum.double()}, config), family)
 
 
 # Versions
@@ -423,6 +445,19 @@ def test_a_scaling_of_the_users_is_for_lora(given: Given) -> None:
         api.read_adapter(BY_NAME["loha"].path, given=given)
 
 
+@pytest.mark.parametrize("extra", [("lokr_w1_a",), ("lokr_w1_b",), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2",)])
+def test_tensors_that_would_not_be_used(extra: tuple[str, ...]) -> None:
+    tensors, config, base = parts(BY_NAME["lokr"])
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors |= {f"{path}.{leaf}": torch.ones(4, 4) for leaf in extra}
+    with pytest.raises(InputError):
+        all_of(tensors, config, base)
+    lycoris, _ = lycoris_parts("lycoris-lokr")
+    lycoris |= {f"lycoris_model_layers_0_self_attn_q_proj.{leaf}": torch.ones(4, 4) for leaf in extra}
+    with pytest.raises(InputError, match="which is it"):
+        merged_lycoris(lycoris, base)
+
+
 def test_unknown_leaves() -> None:
     for case in FIRST:
         tensors, config, base = parts(case)
@@ -524,16 +559,22 @@ def test_a_missing_or_misshapen_tensor_is_no_traceback(case: Case) -> None:
                 assert wrong is not None or alone or case.kind in ("LN_TUNING", "RANDLORA"), key
 
 
-IRRELEVANT = {"base_model_name_or_path", "auto_mapping", "inference_mode", "revision", "task_type", "target_modules"}
+IRRELEVANT = {
+    "base_model_name_or_path",
+    "auto_mapping",
+    "inference_mode",
+    "revision",
+    "task_type",
+    "target_modules",
+    "peft_type",
+}
 
 
 @pytest.mark.parametrize("case", FIRST, ids=ids)
 def test_a_strange_option_is_no_traceback(case: Case) -> None:
     tensors, config, base = parts(case)
     for name in config.keys() - IRRELEVANT:
-        for wrong in ("x", -1, 0, 1.5, 1e300, 10**400, None, [], ["("], {}, {"(": 1}, {"a": "b"}, True, ...):
-            if name == "peft_type":
-                continue
+        for wrong in ("x", -1, 0, 1.5, 10**400, None, ["("], {"(": 1}, {"a": "b"}, True, ...):
             strange = {k: v for k, v in {**config, name: wrong}.items() if v is not ...}
             try:
                 all_of(tensors, strange, base)
@@ -634,6 +675,8 @@ def test_lycoris_of_convolutions() -> None:
 def test_lycoris_refusals() -> None:
     path = "lycoris_model_layers_0_mlp_down_proj"
     tensors, base = lycoris_parts("lycoris-loha-dora")
+    more = {name: ref(base, name) for name in base.tensors}
+    base = Tensors({**more, "a.b.weight": constant(torch.ones(2, 2)), "a_b.weight": constant(torch.ones(2, 2))})
     with pytest.raises(InputError, match=r"_ for every dot.*--base"):
         api.read_adapter(BASES.parent / "lycoris-loha" / "lycoris.safetensors")
     for change, message in (
@@ -645,6 +688,7 @@ def test_lycoris_refusals() -> None:
         ({f"{path}.alpha": torch.ones(2)}, "it is one number"),
         ({f"{path}.scalar": torch.ones(())}, "scalar is not something"),
         ({f"{path}.lokr_w1": torch.ones(2, 2)}, "LoHa, LoKr and LoCon"),
+        ({"lycoris_a_b.lora_up.weight": torch.ones(2, 2)}, "a.b.weight and a_b.weight"),
         ({f"{path}.dora_scale": torch.ones(32)}, "32 outputs and 48 inputs"),
         ({f"{path}.dora_scale": torch.ones(48, 1)}, "32 outputs and 48 inputs"),
         ({f"{path}x.alpha": torch.ones(())}, "no weight in the base"),

@@ -94,6 +94,9 @@ def _lokr(module: _Module) -> Delta:
                 for n in "12" if f"lokr_w{n}" not in module.keys}  # fmt: skip
     whole = {n: module.tensor(f"lokr_w{n}", None, None, flat=True) for n in "12" if n not in products}
     left, right = (whole[n] if n in whole else multiplied(products[n]) for n in "12")
+    twice = next((n for n in whole if {f"lokr_w{n}_a", f"lokr_w{n}_b", f"lokr_t{n}"} & module.keys.keys()), None)
+    if twice is not None:
+        raise InputError(f"{module.path} has lokr_w{twice} in full and as a product as well: which is it?")
     ranks = [products[n].rank for n in "21" if n in products]
     scaling = module.scaling(ranks[0])[0] if ranks else 1.0
     return Kronecker(left, right, scaling, sum(prod(module.checkpoint.tensors[k].shape) for k in module.keys.values()))

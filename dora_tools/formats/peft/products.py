@@ -48,7 +48,7 @@ def lokr(source: Source) -> list[Update]:
         left, flat = source.whole(module, "lokr_w1"), True
         kernel: tuple[int, ...] = ()
         ranks = {source.tensor(module, f"lokr_w{n}_b", "rank", "in").shape[0] for n in "12"
-                 if f"lokr_w{n}_b" in module.parts}  # fmt: skip
+                 if f"lokr_w{n}_b" in module.parts and f"lokr_w{n}" not in module.parts}  # fmt: skip
         if len(ranks) > 1:
             raise InputError(f"{module.path}: the factors of LoKr have ranks {' and '.join(map(str, sorted(ranks)))}.")
         if "lokr_t2" in module.parts:

@@ -109,7 +109,7 @@ def miss(source: Source, leaf: str = "miss_block") -> list[Update]:
 
         def repeated(out: int, in_: int, d: Ref = d, module: Module = module) -> LowRank:
             rank, width = d.shape
-            fits(module, (out, in_), out % width == 0 and (way == "mini" or out == width), f"{width} outputs")
+            fits(module, (out, in_), out % width == 0, f"{width} outputs")
             a = computed((rank, in_), lambda v: _turns(rank, in_).to(v.dtype), d)
             return LowRank(a, computed((out, rank), lambda v: v.T.repeat(out // width, 1), d), 1.0, "none")
 
