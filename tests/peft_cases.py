@@ -117,6 +117,7 @@ def network(path: Path) -> Any:
 @torch.no_grad()
 def outputs(model: Any, inputs: torch.Tensor) -> np.ndarray[Any, Any]:
     made = model(inputs) if inputs.is_floating_point() else model(input_ids=inputs).logits
+    made = made[:, -1:] if made.ndim == 3 and not inputs.is_floating_point() else made  # which all tokens reach
     array: np.ndarray[Any, Any] = made.float().numpy()
     return array
 

@@ -179,7 +179,8 @@ NAMED = {
 def test_what_no_merge_can_do_is_refused_by_name(name: str, work: Work) -> None:
     case = Case(name)
     for command in ("merge", "convert", "inspect"):
-        more: list[Any] = {"merge": ["--base", case.base], "convert": ["--to", "peft"], "inspect": []}[command]
+        options: dict[str, list[Any]] = {"merge": ["--base", case.base], "convert": ["--to", "peft"], "inspect": []}
+        more = options[command]
         work.refuse(command, case.path, *more, words=NAMED[name], codes=[3])
 
 

@@ -197,5 +197,5 @@ def beft(source: Source) -> list[Update]:
     updates = []
     for module in source.modules:
         delta = Dense(source.tensor(module, "beft_bias", 1, "out").reshape(-1, 1))
-        updates.append(Update(module.path, delta, parameter="bias"))
+        updates.append(Update(module.path, delta, kind="whole", parameter="bias"))
     return updates
