@@ -195,6 +195,9 @@ def inspect(
         if base is not None or stats:
             raise UsageError(f"{path} is a GGUF model, not an adapter; --base, --stats and --plot are for adapters.")
         return summarise_model(opened, str(path))
+    given = given or Given()
+    if base is None and given.initial is None:  # what it began with is said in a note
+        given = replace(given, residual_base=True)
     reading = formats.read(opened, str(path), format, with_base(given, base))
     placed: dict[str, str] = {}
     if base is not None:

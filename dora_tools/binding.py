@@ -297,6 +297,11 @@ def _unplaced_sentence(unplaced: list[str], total: int, plan: _Plan) -> str:
     packed = next((n for n in base.tensors if n.startswith(stem) and n != stem + "bias"), None)
     if packed:
         hint = f"The base has {packed} there, which is not a plain weight"
+    elif all(name.endswith("bias") for name in unplaced):
+        hint = (
+            "The layers of the base have no bias to change, and its architecture may have no place for one; if so, "
+            "serve the adapter with PEFT"
+        )
     else:
         near = get_close_matches(first, list(base.tensors), n=3, cutoff=0.5)
         hint = f"The nearest names in the base are {', '.join(near)}" if near else "Nothing in the base has such a name"
@@ -443,7 +448,7 @@ def _fit_vocabulary(plan: _Plan) -> None:
     """A replacement of the base's shape, or of another number of rows where that is the vocabulary."""
     old = _setting(plan.config, "vocab_size")
     vocabulary = {name for pair in (plan.ties or {}).items() for name in pair}
-    heads = {name for name in plan.replaced if name.endswith(LABEL_HEADS)}
+    heads = {name for name in plan.replaced if f".{name}".endswith(LABEL_HEADS)}
     for name, replacement in plan.replaced.items():
         info = plan.base.tensors.get(name)
         found = replacement.tensor.shape
@@ -480,7 +485,7 @@ def _fit_labels(plan: _Plan) -> None:
     """A classifier brings its number of labels, which the config must know to load it."""
     for name, replacement in plan.replaced.items():
         shape = replacement.tensor.shape
-        if len(shape) != 2 or not name.endswith(LABEL_HEADS):
+        if len(shape) != 2 or not f".{name}".endswith(LABEL_HEADS):
             continue
         labels = plan.config.get("id2label")
         labels = labels if isinstance(labels, dict) and labels else {"0": "LABEL_0", "1": "LABEL_1"}

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from . import containers, formats, hub
 from .adapter import Adapter, LowRank
 from .checkpoint import Checkpoint, plain
-from .errors import InputError, ResourceError, UsageError
+from .deltas import Started
+from .errors import InputError, ResourceError, UnsupportedError, UsageError
 from .formats import Given
 from .names.gguf import settings
 from .names.patterns import ADAPTER_KEY
@@ -142,6 +143,13 @@ def opened(
     check_table(format)
     inputs = inputs_of(adapters, 1.0, format, with_base(given, base))
     found = [i.adapter for i in inputs]
+    for update in (update for one in found for update in one.updates):
+        if isinstance(update.delta, Started):
+            raise UnsupportedError(
+                f"{update.module}: the adapter began as a part of the base weights ({update.delta.start}), so its "
+                "factors are not its change. Make a plain LoRA of it first, with convert --to peft --initial-adapter "
+                "DIR, or merge it."
+            )
     if base is not None or not needed:
         return found, None if base is None else hf_base(base)
     own, names = [i.base for i in inputs if i.base is not None], {a.base_model for a in found if a.base_model}

@@ -95,7 +95,7 @@ def cases(*kinds: str) -> list[Case]:
 def network(path: Path) -> Any:
     """The model whose weights and config lie in a directory, float32, eager; every weight of it comes from there."""
     if (path / "network.json").exists() or not (path / "config.json").exists():
-        import networks  # type: ignore[import-not-found]
+        import networks
 
         description = json.loads((path / "network.json").read_text())
         net = networks.build(description)

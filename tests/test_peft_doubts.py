@@ -938,7 +938,7 @@ def test_operations_that_keep_what_is_merged(name: str, work: Work) -> None:
         right(work, case, want, "convert", path, "--to", "peft"),
         right(work, case, want, "convert", path, "--to", "peft", "--fold-scaling", *base),
     ]
-    assert sum(done) >= (2 if name in ("pissa", "kasa") else 4)
+    assert sum(done) >= (1 if name in ("pissa", "kasa") else 4)
     for more in ([], base, [*base, "--stats"], ["--json", *base, "--stats"], ["--stats"]):
         assert work.run("inspect", path, *more) == 0, work.said
 

@@ -28,11 +28,23 @@ MOVED = (("model.language_model.", "language_model.model."), ("lm_head.", "langu
 
 # Segments of the heads that are put on a model for a task, which its own checkpoint does not have.
 TASK_HEADS = frozenset(
-    {"score", "classifier", "qa_outputs", "classification_head", "pre_classifier", "v_head", "value_head"}
+    {
+        "score",
+        "classifier",
+        "qa_outputs",
+        "classification_head",
+        "pre_classifier",
+        "pooler",
+        "projector",
+        "v_head",
+        "value_head",
+    }
 )
 
 # Weights with one row for each label of a classification model.
-LABEL_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "classification_head.out_proj.weight")
+LABEL_HEADS = tuple(
+    f".{head}.weight" for head in ("score", "classifier", "classifier.out_proj", "classification_head.out_proj")
+)
 
 # What replaces "Model" in an architecture's name when a language head is put on it, by PEFT's task types.
 HEADED = {

@@ -17,6 +17,7 @@ from typing import Any
 from ...adapter import Adapter, Replacement, Update
 from ...checkpoint import Checkpoint, View, ref
 from ...errors import InputError
+from ...names.places import places_of
 from .. import Format, Given, Reading
 from . import experts, lora
 from .config import KNOWN, Patterns, checked, version_of
@@ -74,6 +75,12 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         updates = method.read(checkpoint, config, keys, given, notes)
     updates += token_rows(checkpoint, config, keys)
     _note_options(checkpoint, config, keys, bare, given, notes)
+    if config["peft_type"] == "LORA" and (note := lora.start_note(config, given)):
+        notes.append(note)
+    if layers := _layers(config):
+        notes.append(
+            f"Trained with replicated layers: {sum(last - first for first, last in layers)} in place of the base's."
+        )
     if doubt:
         notes.append(f"Without --base it is not sure {doubt}.")
     base = config.get("base_model_name_or_path")
@@ -97,7 +104,7 @@ def _read(checkpoint: Checkpoint, given: Given) -> Reading:
         bool(config["use_rslora"]) if "use_rslora" in config else None,
         extra,
         tuple(notes),
-        layers=_layers(config),
+        layers=layers,
     )
     # an adapter's directory may hold a base weight or two (saved embeddings), but no model
     gathered = bare or "hyper_parameters" in checkpoint.metadata
@@ -112,7 +119,9 @@ def _lora(
     checkpoint: Checkpoint, config: Mapping[str, Any], keys: Keys, given: Given, bare: bool, notes: list[str]
 ) -> tuple[list[Update], str]:
     ranks, alphas = Patterns(config, "rank_pattern", "r", 8), Patterns(config, "alpha_pattern", "lora_alpha", 8)
-    settings = lora.Settings(config, given, alphas)
+    asked = config.get("target_parameters") or config.get("use_qalora")
+    places = places_of(given.base()) if asked and given.base is not None else None
+    settings = lora.Settings(config, given, alphas, places)
     attentions = lora.attentions(keys)
     by_path: dict[str, list[Module]] = {}
     for module in keys.modules.values():
@@ -120,9 +129,12 @@ def _lora(
     layers: list[Update] = []
     others: list[Update] = []
     stacks: list[list[Module]] = []
+    odd: list[str] = []
     names: list[str] = []  # as the patterns know them
     for path, levels in by_path.items():
-        parameters = experts.targeted(path, config)
+        parameters = experts.targeted(path, config, places)
+        if levels[0].depth or len(levels) > 1:
+            parameters = experts.targeted(path, config)
         if path in attentions and len(levels) == 1:
             update = lora.layer(checkpoint, levels[0], settings)
             others.append(replace(update, parameter="in_proj_weight", transposed=False, told=True))
@@ -137,12 +149,20 @@ def _lora(
             layers.append(lora.layer(checkpoint, levels[0], settings, names[-1], twice))
             found_rank = layers[-1].delta
             rank = getattr(found_rank, "rank", None)
-            if not bare and rank and ranks[names[-1]] != rank and layers[-1].kind != "expert" and not given.initial:
-                notes.append(f"{path}: the config says r = {ranks[path]:g}, the tensors have {rank}.")
+            if not bare and rank and ranks[names[-1]] != rank and not given.initial:
+                odd.append(f"{path}: the config says r = {ranks[path]:g}, the tensors have {rank}")
+    if odd:
+        notes.append(odd[0] + (f", and so on in {len(odd) - 1} more modules." if len(odd) > 1 else "."))
     lora.check_magnitudes(config, layers)
     stacked, doubt = experts.stacked(checkpoint, stacks, settings, ranks, given) if stacks else ([], "")
     others += stacked
+    if config.get("use_qalora") and places is None:
+        doubt = "whether lora_A is of pooled inputs (QALoRA), which PEFT does for GPTQ layers only"
     notes += ranks.notes(names) + alphas.notes(names)
+    for target in config.get("target_parameters") or ():
+        owner, parameter = target.rpartition(".")[::2]
+        if owner and not any(f".{path}".endswith(f".{owner}") for path in by_path):
+            notes.append(f"target_parameters: '{target}' matches no adapted module ({parameter} was not trained).")
     if attentions:
         notes.append(
             f"{', '.join(sorted(attentions))}: PEFT applies the factors of an out_proj of nn.MultiheadAttention twice, "
@@ -181,9 +201,11 @@ def _note_options(
     unknown = sorted(name for name, value in config.items() if name not in KNOWN and value)
     if unknown and config["peft_type"] == "LORA" and "hyper_parameters" not in checkpoint.metadata:
         notes.append(f"adapter_config.json has options that dora-tools does not know: {', '.join(unknown)}.")
-    if config.get("bias", "none") != "none" and not any(name.endswith("bias") for name in keys.replaced):
+    version = version_of(config, given.peft_version)
+    lost = config.get("bias") == "lora_only" and (version is None or version < (0, 21))
+    if lost and not any(name.endswith("bias") for name in keys.replaced):
         notes.append(
-            f"The config says bias = '{config['bias']}', but no bias is in the file: PEFT 0.7 to 0.20 did not save the "
+            "The config says bias = 'lora_only', but no bias is in the file: PEFT 0.7 to 0.20 did not save the "
             "biases of adapted layers, so what was trained there is lost."
         )
 

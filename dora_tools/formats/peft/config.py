@@ -21,7 +21,7 @@ KNOWN = frozenset(_OPTIONS.split())
 # peft_types that are no change of weights, each with what they do instead
 _INPUT = "puts trained vectors before the input and changes no weight"
 _REFUSED = {
-    "ADAPTION_PROMPT": _INPUT,
+    "ADAPTION_PROMPT": "adds trained vectors to the attention of the running model",
     "CPT": _INPUT,
     "CARTRIDGE": _INPUT,
     "MULTITASK_PROMPT_TUNING": _INPUT,
@@ -52,7 +52,8 @@ def checked(config: Any, methods: Collection[str]) -> dict[str, Any]:
         raise UnsupportedError(
             f"adapter_config.json says peft_type {kind!r}, which {why}: there is nothing to merge."
             if why
-            else f"adapter_config.json says peft_type {kind!r}; dora-tools reads {', '.join(sorted(methods))}."
+            else f"adapter_config.json says peft_type {kind!r}; dora-tools reads {', '.join(sorted(methods))}. PEFT's "
+            "own merge_and_unload may merge it, with the whole model in memory."
         )
     for option, reason in _REFUSED_OPTIONS.items():
         if config.get(option):
@@ -74,7 +75,7 @@ def checked(config: Any, methods: Collection[str]) -> dict[str, Any]:
 
 def start_of(config: Mapping[str, Any]) -> str:
     """How the factors began, in lower case: a name of ``init_lora_weights``, or kasa."""
-    return "kasa" if config.get("kasa_config") else str(config.get("init_lora_weights", True)).lower()
+    return "kasa" if config.get("kasa_config") is not None else str(config.get("init_lora_weights", True)).lower()
 
 
 def version_of(config: Mapping[str, Any], said: str | None) -> tuple[int, ...] | None:
@@ -112,15 +113,18 @@ class Patterns:
 
     def notes(self, modules: list[str]) -> list[str]:
         """Sentences on patterns that match nothing, and on modules where the order of patterns decides."""
-        said: list[str] = []
         used: set[str] = set()
+        torn: dict[tuple[str, int], list[str]] = {}
         for module in modules:
             matching = list(self._matching(module))
             used.update(pattern for pattern, _ in matching)
             if len({value for _, value in matching}) > 1:
-                said.append(
-                    f"{module}: {self._table} has {len(matching)} patterns that match; '{matching[0][0]}' comes first "
-                    "in the file and is used, as PEFT does on loading, but training may have used another."
-                )
+                torn.setdefault((matching[0][0], len(matching)), []).append(module)
+        said = [
+            f"{at[0]}{f' and {len(at) - 1} more modules' if len(at) > 1 else ''}: {self._table} has {count} patterns "
+            f"that match; '{first}' comes first in the file and is used, as PEFT does on loading, but training may "
+            "have used another."
+            for (first, count), at in torn.items()
+        ]
         said += [f"{self._table}: '{p}' matches no module." for p, _, _ in self._rules if p not in used]
         return said

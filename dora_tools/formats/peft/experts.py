@@ -15,7 +15,7 @@ from ...adapter import LowRank, Update
 from ...checkpoint import Checkpoint, Ref, remembered
 from ...errors import FitError, InputError, UnsupportedError
 from ...names.pieces import expert_of
-from ...names.places import places_of
+from ...names.places import Places, places_of
 from ...names.ties import TRANSPOSED_EXPERTS
 from .. import Given
 from .config import Patterns, version_of
@@ -28,14 +28,22 @@ _MOST = 6  # parameters of a module, whose orders are tried
 ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # as transformers registers them
 
 
-def targeted(module: str, config: Mapping[str, Any]) -> list[str]:
-    """The parameters of a module that ``target_parameters`` names, but for plain weights."""
-    found = []
-    for target in config.get("target_parameters") or ():
-        owner, _, parameter = target.rpartition(".")
-        if module == owner or module.endswith(f".{owner}") or not owner:
-            found.append(parameter)
-    return list(dict.fromkeys(found))
+def targeted(module: str, config: Mapping[str, Any], places: Places | None = None) -> list[str]:
+    """The parameters of a module that ``target_parameters`` may mean.
+
+    A name alone is of every module that has such a parameter, which is none that ``target_modules`` names, or whose
+    weight is a target, or that has a weight in the base (``places``).
+    """
+    targets = [target.rpartition(".")[::2] for target in config.get("target_parameters") or ()]
+    owned = [parameter for owner, parameter in targets if owner and (module == owner or module.endswith(f".{owner}"))]
+    bare = [parameter for owner, parameter in targets if not owner]
+    listed = config.get("target_modules")
+    layer = (
+        "weight" in owned
+        or (isinstance(listed, list) and any(module == name or module.endswith(f".{name}") for name in listed))
+        or (bool(bare) and places is not None and places.shape(f"{module}.weight") is not None)
+    )
+    return list(dict.fromkeys(owned if layer else owned + bare))
 
 
 @dataclass(frozen=True)

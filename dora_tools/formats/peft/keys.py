@@ -111,6 +111,15 @@ def _module(path: list[str]) -> Module:
     return Module(".".join(segment for segment in path if segment != "base_layer"), depth, within)
 
 
+def saved_whole(module: str, saved: Collection[str]) -> bool:
+    """Whether ``modules_to_save`` names a module or what it is a part of. PEFT compares the ends of paths as texts, so
+    that classifier is also pre_classifier.
+    """
+    segments = module.split(".")
+    paths = [".".join(segments[: end + 1]) for end in range(len(segments))]
+    return any(path.endswith(name) for path in paths for name in saved)
+
+
 def _sort_saved(checkpoint: Checkpoint, key: str, path: list[str], saved: Collection[str], keys: Keys) -> None:
     if "original_module" in path:
         keys.left_out[key] = "the untrained copy that PEFT keeps beside a saved module"
@@ -123,7 +132,7 @@ def _sort_saved(checkpoint: Checkpoint, key: str, path: list[str], saved: Collec
     path = [segment for segment in path if segment not in ("base_layer", "token_adapter")]
     name = ".".join(path)
     module = ".".join(path[:-1])
-    own |= any(module == s or module.endswith(f".{s}") or f".{s}." in f".{module}." for s in saved)
+    own |= saved_whole(module, saved)
     if 0 in checkpoint.tensors[key].shape:
         raise InputError(
             f"{key} is empty (shape {list(checkpoint.tensors[key].shape)}): it was saved under DeepSpeed ZeRO-3 or "

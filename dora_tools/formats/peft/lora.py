@@ -8,9 +8,10 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from ...adapter import Adapter, Delta, Kind, LowRank, Magnitude, Update
-from ...checkpoint import Checkpoint, Ref, assembled, computed, ref
+from ...checkpoint import Checkpoint, Ref, assembled, computed, equal, ref
 from ...deltas import Started
 from ...errors import FitError, InputError, UnsupportedError
+from ...names.places import Places
 from .. import Given
 from .config import PLAIN_STARTS, Patterns, start_of
 from .keys import Keys, Module
@@ -37,6 +38,12 @@ class Settings:
     config: Mapping[str, Any]
     given: Given
     alpha: Patterns
+    places: Places | None = None  # of the base
+
+    def width(self, path: str) -> int | None:
+        """How many inputs a layer has, if a base tells."""
+        shape = self.places.shape(f"{path}.weight") if self.places is not None else None
+        return shape[-1] if shape else None
 
     def scaling(self, name: str, rank: int) -> tuple[float, str]:
         """The number that BA is multiplied with, and where it comes from. Raises InputError for 0."""
@@ -86,11 +93,16 @@ def layer(checkpoint: Checkpoint, module: Module, settings: Settings, name: str 
                 "merge PEFT does not define."
             )
         a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-    a, b = _whole(a, b, path, config)
+    a, b = _whole(a, b, path, settings)
     rank = a.shape[0]
     scaling, source = settings.scaling(name or path, rank)
     if twice:
         scaling, source = 2 * scaling, f"twice {source}, as PEFT applies it"
+    if ("lora_diag" in parts) != (start_of(config) == "kasa"):
+        raise InputError(
+            f"{path}: KaSA has a lora_diag in each module and a kasa_config in adapter_config.json, and here is one "
+            "without the other."
+        )
     if "lora_diag" in parts:
         a = _weighted(a, ref(checkpoint, parts["lora_diag"]))
     magnitude = (
@@ -109,8 +121,9 @@ def layer(checkpoint: Checkpoint, module: Module, settings: Settings, name: str 
     )
 
 
-def _whole(a: Ref, b: Ref, path: str, config: Mapping[str, Any]) -> tuple[Ref, Ref]:
+def _whole(a: Ref, b: Ref, path: str, settings: Settings) -> tuple[Ref, Ref]:
     """The factors as they act: those that are stored by blocks (BD-LoRA) or for pooled inputs (QALoRA), in full."""
+    config = settings.config
     blocks = config.get("use_bdlora")
     if isinstance(blocks, Mapping) and len(a.shape) == len(b.shape) == 2 and 0 not in (*a.shape, *b.shape):
         count = blocks.get("nblocks", 1)
@@ -126,7 +139,7 @@ def _whole(a: Ref, b: Ref, path: str, config: Mapping[str, Any]) -> tuple[Ref, R
             a = _diagonal(a, count)
         elif in_b:
             b = _diagonal(b, count)
-    if config.get("use_qalora"):
+    if config.get("use_qalora") and settings.width(path) != a.shape[-1]:  # which PEFT does for GPTQ layers only
         group = config.get("qalora_group_size", 16)
         if not isinstance(group, int) or group < 1:
             raise InputError(f"adapter_config.json: qalora_group_size must be a number of inputs, not {group!r}.")
@@ -190,11 +203,35 @@ def _started(low: LowRank, path: str, kind: str, settings: Settings) -> Delta:
     )
 
 
+def start_note(config: Mapping[str, Any], given: Given) -> str:
+    """What the user should know of how the factors began; "" where that left the base as it was."""
+    start = start_of(config)
+    if start in PLAIN_STARTS:
+        if given.residual_base or given.initial is not None:
+            return "The adapter began without a change of the base: --residual-base and --initial-adapter say nothing."
+        return ""
+    took = f"This adapter began with '{start}', which took a part of the base weights before training: "
+    if given.residual_base:
+        return took + "the base is taken to be what was left of them."
+    if given.initial is not None:
+        return took + "that part is the initial adapter's, and the base is taken to be the original."
+    return (
+        took
+        + "it is computed again from the base, which must be the original one. For a base that is what was left, say "
+        "--residual-base."
+    )
+
+
 def _less(low: LowRank, path: str, initial: Adapter) -> LowRank:
     """``BA − B₀A₀`` as one product, which is what PEFT's conversion to a plain LoRA writes."""
     began = next((u.delta for u in initial.updates if u.module == path), None)
     if not isinstance(began, LowRank) or began.shape != low.shape:
         raise FitError(f"The initial adapter has no factors of {path}, or some of another shape: is it this adapter's?")
+    if equal(began.lora_A, low.lora_A) and equal(began.lora_B, low.lora_B):
+        raise FitError(
+            f"{path}: the initial adapter has the factors of the trained one, so nothing would be left of it. Give the "
+            "adapter as it was before training."
+        )
     if began.scaling != low.scaling:
         raise FitError(
             f"{path}: the scaling is {low.scaling:g} ({low.source}), and that of the initial adapter {began.scaling:g}."

@@ -17,6 +17,10 @@ def token_rows(checkpoint: Checkpoint, config: Mapping[str, Any], keys: Keys) ->
     tied pair both ends get them. Raises InputError where the config does not say which rows.
     """
     said = config.get("token_indices" if config["peft_type"] == "TRAINABLE_TOKENS" else "trainable_token_indices")
+    if said and not keys.tokens:
+        raise InputError(
+            "adapter_config.json names trained tokens, but the file holds no trainable_tokens_delta: it is incomplete."
+        )
     updates = []
     for module, key in keys.tokens.items():
         indices = said

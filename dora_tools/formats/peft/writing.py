@@ -18,6 +18,7 @@ from ...names.pieces import expert_of
 from .. import Target, Written
 from .config import PLAIN_STARTS, Patterns
 from .experts import ORDER, targeted
+from .keys import saved_whole
 
 _PREFIX = "base_model.model."
 _LORA = ("LORA", "TRAINABLE_TOKENS")
@@ -289,8 +290,9 @@ def _config(adapter: Adapter, old: Mapping[str, Any], entries: Sequence[_Entry])
     config["layer_replication"] = [list(pair) for pair in adapter.layers] or None
     saved = {name.rpartition(".")[0] for name, r in adapter.replaced.items() if not r.shared}
     said = config.get("modules_to_save") or []
-    if any(not any(module == end or module.endswith(f".{end}") for end in said) for module in saved):
-        config["modules_to_save"] = sorted({*said, *saved})
+    new = {module for module in saved if not saved_whole(module, said)}
+    if new:
+        config["modules_to_save"] = sorted({*said, *new})
     config.setdefault("fan_in_fan_out", any(u.transposed for u in adapter.updates if u.kind != "expert"))
     config.setdefault("init_lora_weights", True)
     return config
