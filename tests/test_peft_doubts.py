@@ -106,6 +106,8 @@ OPEN = (
     *("no_dora_is_written_that_peft_has_not[mha", "no_dora_is_written_that_peft_has_not[moe-mixtral-router"),
     *("what_is_merged[moe-gpt-oss", "what_is_merged[tied-lora", "what_is_merged[moe-granite", "no_plain_lora"),
     *("errors_of_experts", "hold_it_or_refuse[mha-fsdp", "hold_it_or_refuse[mha-loralib"),
+    *("patterns_of_an_attention_are_of_its_out_proj_too[attn-alpha", "wrote_as_we_do[mha"),
+    *("out_proj_too[out_proj-alpha", "out_proj_too[attn\\\\.out_proj-alpha"),
     *("hold_it_or_refuse[mha-minlora", "hold_it_or_refuse[mha-rasbt", "hold_it_or_refuse[layer", "experts_into_a_gguf"),
 )
 
@@ -795,6 +797,75 @@ def test_threads_and_laziness_change_no_byte(name: str, work: Work) -> None:
         assert torch.equal(lazy[name][...], one[name]) and torch.equal(one[name], three[name])
 
 
+@pytest.mark.parametrize("table", ["alpha_pattern", "rank_pattern"])
+@pytest.mark.parametrize("pattern", ["attn", "out_proj", r"attn\\.out_proj"])
+def test_patterns_of_an_attention_are_of_its_out_proj_too(pattern: str, table: str, work: Work) -> None:
+    """PEFT looks up one rank and alpha for both; a pattern that names the out_proj does nothing."""
+    case = Case("mha")
+    config: dict[str, Any] = {"r": 2, "lora_alpha": 3, "target_modules": ["attn"], table: {pattern: 4}}
+    model = adapted(network(case.base), **config)
+    model.save_pretrained(work.path / "adapter")
+    folder = work.do("merge", work.path / "adapter", "--base", case.base)
+    shutil.copy(case.base / "network.json", folder)
+    assert np.abs(outputs(network(folder), case.inputs) - outputs(model, case.inputs)).max() < CLOSE
+
+
+def test_two_parameters_of_the_same_shape_go_by_the_order_of_the_model(work: Work) -> None:
+    import transformers
+
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    more = {"num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(**sizes, **more, pad_token_id=0, attn_implementation="eager")
+    network_of = transformers.GptOssForCausalLM(config).eval()
+    network_of.save_pretrained(work.path / "base")
+    names = ["experts.gate_up_proj_bias", "experts.down_proj_bias"]
+    model = adapted(network_of, r=2, lora_alpha=3, target_modules=[], target_parameters=names)
+    model.save_pretrained(work.path / "adapter")
+    state = load_file(work.path / "adapter" / "adapter_model.safetensors")
+    assert len({tuple(t.shape) for n, t in state.items() if "lora_A" in n}) == 1
+    computes(work.do("merge", work.path / "adapter", "--base", work.path / "base"), outputs(model, IDS))
+
+
+def test_experts_of_a_version_that_is_said(work: Work) -> None:
+    case = Case("moe-gpt-oss-square-down-peft-0-17-1")  # 0.18 is as 0.17
+    trained(case, work.do("merge", case.path, "--base", case.base, "--peft-version", "0.18.1"))
+
+
+def test_a_gate_that_is_stored_turned(work: Work) -> None:
+    """Of ERNIE 4.5 VL, whose router is (in, out) on disk."""
+    disk = {"model.layers.0.mlp.gate.weight": r(6, 3), "model.layers.0.mlp.gate.weight_1": r(6, 3)}
+    base, folder = work.path / "base", work.path / "adapter"
+    for path in (base, folder):
+        path.mkdir()
+    save_file(disk, base / "model.safetensors")
+    named = "Ernie4_5_VLMoeForConditionalGeneration"
+    (base / "config.json").write_text(json.dumps({"architectures": [named], "model_type": "ernie4_5_vl_moe"}))
+    factors = {"lora_A.weight": r(2, 6), "lora_B.weight": r(3, 2)}
+    state = {f"{MODEL}model.language_model.layers.0.mlp.vision_moe.gate.{n}": t for n, t in factors.items()}
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6}))
+    found = work.merge(folder, "--base", base)
+    delta = 3 * factors["lora_B.weight"] @ factors["lora_A.weight"]
+    changed = "model.layers.0.mlp.gate.weight_1"
+    same(found, {**disk, changed: disk[changed] + delta.T})
+
+
+def test_lists_for_each_layer_are_repeated_with_the_layers(work: Work) -> None:
+    case = Case("layer-replication")
+    kinds = ["full_attention", "sliding_attention"]
+    base = work.base(tensors(case.base), case.base, layer_types=kinds, sliding_layers=[3, 1], other=[1, 2])
+    config = json.loads((work.do("merge", case.path, "--base", base) / "config.json").read_text())
+    assert config["layer_types"] == [kinds[0], kinds[1], kinds[1]] and config["sliding_layers"] == [3, 1, 1]
+    assert config["num_hidden_layers"] == 3 and config["other"] == [1, 2]
+
+
 # --- 3: writing ------------------------------------------------------------------------------------------------------
 
 FOLDED = ["dora", "rank-patterns", "rslora-dora", "lora-bias", "mha", "moe-qwen3", "moe-mixtral-patterns"]
@@ -941,6 +1012,25 @@ def test_operations_that_keep_what_is_merged(name: str, work: Work) -> None:
     assert sum(done) >= (1 if name in ("pissa", "kasa") else 4)
     for more in ([], base, [*base, "--stats"], ["--json", *base, "--stats"], ["--stats"]):
         assert work.run("inspect", path, *more) == 0, work.said
+
+
+REREAD = ["mha", "moe-qwen3", "moe-gpt-oss", "moe-mixtral-router", "rank-patterns", "layer-replication", "bd-lora"]
+
+
+@pytest.mark.parametrize("name", [*REREAD, "token-rows", "tied-lora", "qalora", "lora-bias", "rslora-dora"])
+def test_peft_reads_what_operations_wrote_as_we_do(name: str, work: Work) -> None:
+    case = Case(name)
+    for arguments in (["rescale", "--set-alpha", 7], ["rescale", "--energy", 0.6], ["combine", "--weight", 0.5]):
+        made = work.path / "made"
+        shutil.rmtree(made, ignore_errors=True)
+        if work.run(arguments[0], case.path, *arguments[1:], "-o", made) != 0:
+            work.refuse(arguments[0], case.path, *arguments[1:], codes=[2, 3, 4, 5])
+            continue
+        folder = work.do("merge", made, "--base", case.base)
+        if case.is_network:
+            shutil.copy(case.base / "network.json", folder)
+        found = outputs(of_peft(made, case), case.inputs) - outputs(network(folder), case.inputs)
+        assert np.abs(found).max() < CLOSE, arguments
 
 
 @pytest.mark.parametrize("name", ["moe-gpt-oss", "moe-qwen3", "mha", "moe-mixtral-router", "moe-gpt-oss-bias"])

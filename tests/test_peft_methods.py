@@ -31,7 +31,7 @@ from dora_tools.names.ties import CONV1D_LAYERS
 from dora_tools.opening import with_base
 from dora_tools.summary import Summary
 
-from .peft_cases import BASES, Case, cases, network, outputs, peft_marks
+from .peft_cases import BASES, LOST, Case, cases, network, outputs, peft_marks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -42,8 +42,6 @@ CASES = cases(*METHODS)
 FIRST = list({case.kind: case for case in reversed(CASES)}.values())  # one of each method
 BY_NAME = {case.name: case for case in CASES}
 CLOSE = 1e-5
-# Of another PEFT, and the newest has no such method any more, or reads the same file as something else
-LOST = {"boft-2", "oft-peft-0-12-0", "oft-share-peft-0-12-0", "oft-peft-0-15-2", "oft-peft-0-17-1"}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -28,6 +28,7 @@ from .writing import write
 
 _STATE_KEY = re.compile(r"^base_model\.model\..*\.lora_(embedding_)?A\b|\.lora_(embedding_)?A\.default\b")
 _LORA = ("LORA", "TRAINABLE_TOKENS")
+_MOST_RANGES = 1000
 
 
 def _sniff(checkpoint: Checkpoint) -> bool:
@@ -190,6 +191,8 @@ def _layers(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
         raise InputError(f"adapter_config.json: layer_replication must be pairs of layer numbers, not {said!r}.")
     if any(not 0 <= first < last for first, last in pairs):
         raise InputError(f"adapter_config.json: layer_replication has a range without layers: {said!r}.")
+    if len(pairs) > _MOST_RANGES:
+        raise InputError(f"adapter_config.json: layer_replication has {len(pairs)} ranges, which no model has.")
     return tuple((first, last) for first, last in pairs)
 
 
