@@ -13,6 +13,7 @@ from .adapter import Adapter, Axis, Replacement
 from .binding import bind
 from .checkpoint import Checkpoint, equal, ref
 from .containers import lay_out
+from .deltas import Tokens
 from .dtypes import dtype_named
 from .errors import InputError, TargetError, UsageError
 from .formats import Given
@@ -70,6 +71,8 @@ def write_adapter(
     writer = formats.named(format).write
     if writer is None:
         raise TargetError(f"Format '{format}' can be read, not written.")
+    if format != "peft":
+        _check_plain(adapter, format)
     written = writer(
         adapter, formats.Target(arch, cache(lambda: base_of(like)) if like is not None else None, fold_scaling)
     )
@@ -89,6 +92,17 @@ def write_adapter(
     check_room(layout, folder)
     write(written.tensors, layout, folder)
     return written.notes
+
+
+def _check_plain(adapter: Adapter, format: str) -> None:
+    """Raises TargetError for what only PEFT's format has."""
+    stacked = format != "gguf" and any(u.kind == "expert" for u in adapter.updates)
+    odd = next((u.name for u in adapter.updates if u.parameter != "weight" or isinstance(u.delta, Tokens)), None)
+    if adapter.layers or odd or stacked:
+        what = "replicated layers" if adapter.layers else odd or "experts that share a tensor"
+        raise TargetError(
+            f"Format '{format}' has no way to say that the adapter is of {what}. Write it as peft, or merge it."
+        )
 
 
 def check_output(

@@ -78,6 +78,7 @@ class _Plan:
     task: str | None = None
     dialect: Dialect | None = None  # of a GGUF base
     untie: bool = False
+    many: bool = False  # adapters
 
     @property
     def architecture(self) -> str:
@@ -137,7 +138,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], base: Checkpoint, untie: boo
         raise FitError("The adapters were trained on differently replicated layers (layer_replication).")
     base, notes = replicated(base, config, layers.pop()) if any(layers) else (base, [])
     plan = _Plan(base, config, notes=notes)
-    plan.dialect, plan.untie = dialect, untie
+    plan.dialect, plan.untie, plan.many = dialect, untie, len(adapters) > 1
     for number, (adapter, strength) in enumerate(adapters):
         _place(dialect.adapter(unstacked(adapter)) if dialect else adapter, strength, plan, number)
     _refuse_mixtures(plan)
@@ -228,6 +229,8 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
             continue
         if name in plan.replaced:
             raise FitError(f"Two of the adapters replace {name} with tensors of their own; only one can be merged.")
+        if (plan.many or strength != 1.0) and _frozen(name, replacement, plan):
+            continue
         plan.owners[name] = number
         if strength != 1.0:
             _interpolate(name, replacement, strength, plan)
@@ -237,6 +240,14 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
             plan.notes.append(f"{name} is not in the base; it is added, as the adapter saved it whole.")
     if unplaced:
         raise FitError(_unplaced_sentence(unplaced, len(names) + len(adapter.replaced), plan))
+
+
+def _frozen(name: str, replacement: Replacement, plan: _Plan) -> bool:
+    """Whether it is the base's own weight, saved with the rest: PEFT saves the embedding beside its factors."""
+    own = name if name in plan.base.tensors else (plan.ties or {}).get(name, "")
+    info = plan.base.tensors.get(own)
+    alike = replacement.shared and info is not None and info.shape == replacement.tensor.shape
+    return alike and equal(ref(plan.base, own), replacement.tensor)
 
 
 def _spots(update: Update, plan: _Plan, rule: tuple[str, str]) -> list[tuple[str, Update]]:
@@ -350,9 +361,13 @@ def _resolve_ties(plan: _Plan) -> None:
         ours, theirs = plan.replaced.get(source), plan.replaced.get(tied)
         if ours and ours.shared and theirs is None:
             theirs = ours
+        elif theirs and theirs.shared and ours is None:
+            ours = plan.replaced[source] = theirs
         if not _updated_alike(plan, tied, source) or not _equal(ours, theirs):
             differing.append((tied, source))
-        elif tied not in known:
+            continue
+        _keep_one_update(plan, tied, source)
+        if tied not in known:
             plan.replaced.pop(tied, None)
         elif theirs:
             plan.replaced[tied] = theirs
@@ -378,24 +393,22 @@ def _resolve_ties(plan: _Plan) -> None:
 
 
 def _updated_alike(plan: _Plan, tied: str, source: str) -> bool:
-    """Whether both ends of a tie are updated in the same way, or neither; what reached one through the other is told.
-
-    Of an update of both, one is left where they are one tensor in the base.
-    """
+    """Whether both ends of a tie are updated in the same way, or neither; what is shared reaches one by the other."""
     ours, theirs = plan.updates.get(source, []), plan.updates.get(tied, [])
-    if not theirs and all(update.shared for update, _ in ours):
-        theirs = ours
-    elif not ours and all(update.shared for update, _ in theirs):
-        ours = theirs
-    alike = len(ours) == len(theirs) and all(
-        s == t and (u is v or _same_change(u, v)) for (u, s), (v, t) in zip(ours, theirs, strict=True)
+    if not (ours and theirs):
+        return all(update.shared for update, _ in [*ours, *theirs])
+    return len(ours) == len(theirs) and all(
+        s == t and _same_change(u, v) for (u, s), (v, t) in zip(ours, theirs, strict=True)
     )
-    if alike and ours:
-        plan.updates[source] = ours
-        plan.updates.pop(tied, None)
+
+
+def _keep_one_update(plan: _Plan, tied: str, source: str) -> None:
+    """Of updates that are alike, those of the source; of both ends, where the base stores both."""
+    ours, theirs = plan.updates.pop(source, []), plan.updates.pop(tied, [])
+    if ours or theirs:
+        plan.updates[source] = ours or theirs
         if tied in plan.base.tensors:
-            plan.updates[tied] = theirs
-    return alike
+            plan.updates[tied] = theirs or ours
 
 
 def _same_change(a: Update, b: Update) -> bool:

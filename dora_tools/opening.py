@@ -150,6 +150,8 @@ def opened(
                 "factors are not its change. Make a plain LoRA of it first, with convert --to peft --initial-adapter "
                 "DIR, or merge it."
             )
+    if base is not None or needed:
+        _refuse_stacks(found)
     if base is not None or not needed:
         return found, None if base is None else hf_base(base)
     own, names = [i.base for i in inputs if i.base is not None], {a.base_model for a in found if a.base_model}
@@ -162,6 +164,21 @@ def opened(
         return found, hf_base(name)
     except (InputError, ResourceError) as error:
         raise type(error)(f"{error} That is the base which the adapter names; say where it is with --base.") from error
+
+
+def _refuse_stacks(adapters: Sequence[Adapter]) -> None:
+    """Raises UnsupportedError for what an operation cannot measure in a base, module by module."""
+    for adapter in adapters:
+        expert = next((u.module for u in adapter.updates if u.kind == "expert"), None)
+        tied = adapter.extra.get("peft", {}).get("ensure_weight_tying")
+        if expert or tied:
+            what = (
+                f"{expert} is one of several experts in a tensor" if expert else "The adapter is of both ends of a tie"
+            )
+            raise UnsupportedError(
+                f"{what}, which this operation cannot look at in the base. Without --base, "
+                "rescale and combine take it; merge takes it with one."
+            )
 
 
 def left_out_notes(left_out: Mapping[str, str]) -> list[str]:

@@ -17,7 +17,6 @@ from typing import Any
 from ...adapter import Adapter, Replacement, Update
 from ...checkpoint import Checkpoint, View, ref
 from ...errors import InputError
-from ...names.places import places_of
 from .. import Format, Given, Reading
 from . import experts, lora
 from .config import KNOWN, Patterns, checked, version_of
@@ -121,7 +120,7 @@ def _lora(
 ) -> tuple[list[Update], str]:
     ranks, alphas = Patterns(config, "rank_pattern", "r", 8), Patterns(config, "alpha_pattern", "lora_alpha", 8)
     asked = config.get("target_parameters") or config.get("use_qalora")
-    places = places_of(given.base()) if asked and given.base is not None else None
+    places = experts.hf_places(given) if asked else None
     settings = lora.Settings(config, given, alphas, places)
     attentions = lora.attentions(keys)
     by_path: dict[str, list[Module]] = {}
@@ -147,7 +146,9 @@ def _lora(
         else:
             twice = levels[0].within in attentions and _applied_twice(config, given)
             names.append(f"{path}.weight" if parameters else path)
-            layers.append(lora.layer(checkpoint, levels[0], settings, names[-1], twice))
+            # PEFT gives an out_proj of nn.MultiheadAttention the rank and alpha of the whole
+            known_by = str(levels[0].within) if levels[0].within in attentions else names[-1]
+            layers.append(lora.layer(checkpoint, levels[0], settings, known_by, twice))
             found_rank = layers[-1].delta
             rank = getattr(found_rank, "rank", None)
             if not bare and rank and ranks[names[-1]] != rank and not given.initial:

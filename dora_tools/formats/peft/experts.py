@@ -28,6 +28,12 @@ _MOST = 6  # parameters of a module, whose orders are tried
 ORDER = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")  # as transformers registers them
 
 
+def hf_places(given: Given) -> Places | None:
+    """Where names stand in the base, if there is one with names of Hugging Face's."""
+    base = given.base() if given.base is not None else None
+    return places_of(base) if base is not None and "gguf" not in base.metadata else None
+
+
 def targeted(module: str, config: Mapping[str, Any], places: Places | None = None) -> list[str]:
     """The parameters of a module that ``target_parameters`` may mean.
 
@@ -75,7 +81,7 @@ def stacked(
     that of an older one they may be the transpose of the file's. Raises InputError and FitError where names and shapes
     do not tell which parameter is meant.
     """
-    places = places_of(given.base()) if given.base is not None else None
+    places, in_gguf = hf_places(given), given.base is not None and "gguf" in given.base().metadata
     paths = [levels[0].path for levels in modules]
     full = [f"{path}.{name}" for path in paths for name in targeted(path, settings.config)]
     rule = places.rule(full) if places is not None else ("", "")
@@ -95,11 +101,11 @@ def stacked(
         doubts += [doubt] * bool(doubt)
         found += [_Stack(path, n, a, b, shapes.get(n, ())) for n, (a, b) in zip(owners, pairs, strict=True)]
     told = {stack.first for stack in found} - {None}  # it goes by the kind of layer, of which there is one
-    flagged = places.model_type in TRANSPOSED_EXPERTS if places is not None else None
+    flagged = places.model_type in TRANSPOSED_EXPERTS if places is not None else False if in_gguf else None
     first = told.pop() if len(told) == 1 else _first(settings.config, given, flagged)
     updates = [update for stack in found for update in _updates(stack, settings, ranks, given, first, flagged)]
     version = version_of(settings.config, given.peft_version)
-    if places is None and (version or (0,)) < (0, 19, 1) and any(u.kind == "expert" for u in updates):
+    if flagged is None and (version or (0,)) < (0, 19, 1) and any(u.kind == "expert" for u in updates):
         doubts.append("which axis of the experts' weights lora_A is of")
     return updates, doubts[0] if doubts else ""
 

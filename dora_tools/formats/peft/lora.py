@@ -183,7 +183,7 @@ def _started(low: LowRank, path: str, kind: str, settings: Settings) -> Delta:
     if start in PLAIN_STARTS or given.residual_base:
         return low
     if given.initial is not None and start not in ("loftq", "kasa"):
-        return _less(low, path, given.initial())
+        return _less(low, path, given.initial(), bool(settings.config.get("use_dora")))
     if start in ("pissa", "olora", "kasa") and kind == "linear":
         return Started(low, start)  # type: ignore[arg-type]
     what = {
@@ -222,9 +222,10 @@ def start_note(config: Mapping[str, Any], given: Given) -> str:
     )
 
 
-def _less(low: LowRank, path: str, initial: Adapter) -> LowRank:
+def _less(low: LowRank, path: str, initial: Adapter, dora: bool) -> LowRank:
     """``BA − B₀A₀`` as one product, which is what PEFT's conversion to a plain LoRA writes."""
-    began = next((u.delta for u in initial.updates if u.module == path), None)
+    first = next((u for u in initial.updates if u.module == path), None)
+    began = first.delta if first is not None and (first.magnitude is not None) == dora else None
     if not isinstance(began, LowRank) or began.shape != low.shape:
         raise FitError(f"The initial adapter has no factors of {path}, or some of another shape: is it this adapter's?")
     if equal(began.lora_A, low.lora_A) and equal(began.lora_B, low.lora_B):

@@ -89,6 +89,7 @@ def _replaced(adapter: Adapter) -> dict[str, Ref]:
 
 
 def _check(adapter: Adapter) -> None:
+    attentions = {u.module for u in adapter.updates if u.parameter == "in_proj_weight"}
     layers = [u for u in adapter.updates if u.kind not in ("whole", "expert")]
     bare = [update.module for update in layers if update.magnitude is None]
     if adapter.is_dora and bare:
@@ -105,6 +106,11 @@ def _check(adapter: Adapter) -> None:
     for update in adapter.updates:
         if not isinstance(update.delta, LowRank | Started | Tokens):
             raise TargetError(f"{update.module}: PEFT's LoRA holds low-rank updates only; merge the adapter instead.")
+        of_bare = update.parameter != "weight" or "weight" in targeted(update.module, adapter.extra.get("peft", {}))
+        if update.magnitude and (of_bare or update.kind == "expert" or update.module.rpartition(".")[0] in attentions):
+            raise TargetError(
+                f"{update.module}: PEFT has no DoRA of bare parameters or nn.MultiheadAttention; merge it."
+            )
         if adapter.is_dora and update.bias is not None:
             raise TargetError(
                 f"{update.module} has a LoRA bias, which PEFT does not allow beside DoRA. A dense merge keeps both."
@@ -138,8 +144,15 @@ def _entries(adapter: Adapter, old: Mapping[str, Any]) -> list[_Entry]:
         elif update.parameter not in ("weight", "in_proj_weight"):
             nested.setdefault(update.module, {})[update.parameter] = [update]
         elif owner in attentions and last == "out_proj":  # PEFT applies these factors twice
-            halved = replace(low, scaling=low.scaling / 2)
-            entries.append(_Entry(update.module, f"{owner}.base_layer.out_proj", halved, update))
+            whole = next(u.delta for u in adapter.updates if u.name == f"{owner}.in_proj_weight")
+            if not isinstance(whole, LowRank) or whole.rank != low.rank:
+                raise TargetError(
+                    f"{update.module}: PEFT gives it the rank of its nn.MultiheadAttention, and here they differ. "
+                    "Give one --rank, or merge the adapter."
+                )
+            b = low.lora_B.times(low.scaling / 2 / whole.scaling) if low.scaling != 2 * whole.scaling else low.lora_B
+            shared = replace(low, lora_B=b, scaling=whole.scaling)
+            entries.append(_Entry(owner, f"{owner}.base_layer.out_proj", shared, update))
         elif targeted(update.module, old) == ["weight"]:
             entries.append(_Entry(update.name, update.module, low, update, "weight"))
         else:
