@@ -393,10 +393,10 @@ def _resolve_ties(plan: _Plan) -> None:
 
 
 def _updated_alike(plan: _Plan, tied: str, source: str) -> bool:
-    """Whether both ends of a tie are updated in the same way, or neither; what is shared reaches one by the other."""
+    """Whether both ends of a tie are updated in the same way, or neither; what is shared reaches the head too."""
     ours, theirs = plan.updates.get(source, []), plan.updates.get(tied, [])
     if not (ours and theirs):
-        return all(update.shared for update, _ in [*ours, *theirs])
+        return not theirs and all(update.shared for update, _ in ours)
     return len(ours) == len(theirs) and all(
         s == t and _same_change(u, v) for (u, s), (v, t) in zip(ours, theirs, strict=True)
     )
