@@ -110,6 +110,13 @@ class _Plan:
             t if s in known or t not in known else s: s if s in known or t not in known else t for t, s in pairs.items()
         }
 
+    @cached_property
+    def heads(self) -> frozenset[str]:
+        """Names of what is tied to an embedding; rows that were trained in one are no other's."""
+        if self.dialect:
+            return frozenset({HEAD})
+        return frozenset(self.places.own(tied) for tied in ties_of(self.architecture, self.task) or {})
+
     @property
     def tied_off(self) -> bool:
         return _setting(self.config, "tie_word_embeddings") is False
@@ -356,7 +363,7 @@ def _resolve_ties(plan: _Plan) -> None:
     for tied, source in list(ties.items()):
         if tied in known and touched & {tied, source} and not same(plan.base, tied, plan.base, source):
             del ties[tied]  # both are stored and differ: they are not one weight, whatever the config leaves unsaid
-    differing = []
+    differing, updates = [], dict(plan.updates)
     for tied, source in ties.items():
         ours, theirs = plan.replaced.get(source), plan.replaced.get(tied)
         if ours and ours.shared and theirs is None:
@@ -381,6 +388,11 @@ def _resolve_ties(plan: _Plan) -> None:
             f"The adapter makes {tied} and {source} differ, but {plan.model_type} models tie them whatever "
             "their config says, so no checkpoint can hold the result. Train both or neither."
         )
+    plan.updates = updates
+    for tied, source in ties.items():
+        for here, there in ((source, tied), (tied, source)):
+            if reaching := _reaching(plan, there, here):
+                updates[here] = [*reaching, *updates.get(here, ())]
     for tied, source in ties.items():
         replacement = plan.replaced.get(source)
         if replacement and replacement.shared:
@@ -393,13 +405,20 @@ def _resolve_ties(plan: _Plan) -> None:
 
 
 def _updated_alike(plan: _Plan, tied: str, source: str) -> bool:
-    """Whether both ends of a tie are updated in the same way, or neither; what is shared reaches the head too."""
+    """Whether both ends of a tie are updated in the same way, or neither; rows of an embedding are the head's too."""
     ours, theirs = plan.updates.get(source, []), plan.updates.get(tied, [])
     if not (ours and theirs):
-        return not theirs and all(update.shared for update, _ in ours)
+        return [*ours, *theirs] == _reaching(plan, source, tied) + _reaching(plan, tied, source)
     return len(ours) == len(theirs) and all(
         s == t and _same_change(u, v) for (u, s), (v, t) in zip(ours, theirs, strict=True)
     )
+
+
+def _reaching(plan: _Plan, name: str, other: str) -> list[tuple[Update, float]]:
+    """Updates of one end of a tie that are the other's as well: rows of the embedding, if the head has none itself."""
+    if name in plan.heads or any(update.shared for update, _ in plan.updates.get(other, ())):
+        return []
+    return [(update, strength) for update, strength in plan.updates.get(name, ()) if update.shared]
 
 
 def _keep_one_update(plan: _Plan, tied: str, source: str) -> None:

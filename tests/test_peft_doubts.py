@@ -642,6 +642,66 @@ def test_a_saved_end_of_a_tie_that_both_update(work: Work) -> None:
     trained(case, work.do("merge", adapter, "--base", case.base))
 
 
+ENDS: list[dict[str, Any]] = [
+    {"target_modules": ["lm_head"], "trainable_token_indices": [5, 9]},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 9]}},
+    {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": [5, 9]}},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 9], "embed_tokens": [5, 9]}},
+    {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5, 9], "embed_tokens": [5, 7]}},
+    {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+]
+
+
+@pytest.mark.parametrize("stored", ["embed", "both", "head"])
+@pytest.mark.parametrize("config", ENDS, ids=[str(number) for number in range(len(ENDS))])
+def test_what_is_trained_at_the_ends_of_a_tie(config: dict[str, Any], stored: str, work: Work) -> None:
+    """Rows of the embedding are the head's too, if that has none of its own; rows of the head are its own."""
+    tied = BASES / "llama-small-tied"
+    model = adapted(network(tied), r=2, lora_alpha=3, **config)
+    model.save_pretrained(work.path / "adapter")
+    state = tensors(tied)
+    if stored != "embed":
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if stored == "head":
+        del state["model.embed_tokens.weight"]
+    found = work.merge(work.path / "adapter", "--base", work.base(state, tied))
+    merged = network(BASES / "llama-small")  # whose ends are two tensors
+    one = next(found[n] for n in ("model.embed_tokens.weight", "lm_head.weight") if n in found)
+    merged.load_state_dict({"model.embed_tokens.weight": one, "lm_head.weight": one, **found})
+    assert np.abs(outputs(merged, IDS) - outputs(model, IDS)).max() < CLOSE
+
+
+def test_a_tie_of_more_than_two(work: Work) -> None:
+    """Where one of them goes its own way, the others keep what they have in common."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 16,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 20,
+        "max_position_embeddings": 32,
+    }
+    more = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    kind = transformers.BartForConditionalGeneration
+    whole = kind(transformers.BartConfig(**sizes, **more, init_std=0.2)).eval()
+    whole.save_pretrained(work.path / "base")
+
+    def heard(model: Any) -> Any:
+        with torch.no_grad():
+            return model(input_ids=IDS, decoder_input_ids=IDS.flip(1)).logits.numpy()
+
+    before = heard(whole)
+    model = adapted(whole, r=2, lora_alpha=3, target_modules=["lm_head"], trainable_token_indices={"shared": [5, 9, 7]})
+    model.save_pretrained(work.path / "adapter")
+    assert np.abs(heard(model) - before).max() > 0.1
+    folder = work.do("merge", work.path / "adapter", "--base", work.path / "base")
+    again, said = kind.from_pretrained(folder, output_loading_info=True)
+    assert not said["unexpected_keys"]
+    assert np.abs(heard(again.eval()) - heard(model)).max() < CLOSE
+
+
 def test_a_base_of_several_files(work: Work) -> None:
     case = Case("moe-qwen3")
     network(case.base).save_pretrained(work.path / "base", max_shard_size="6KB")
@@ -1022,6 +1082,47 @@ def test_what_took_from_the_base_is_no_plain_lora(name: str, work: Work) -> None
     shutil.rmtree(work.path / "made", ignore_errors=True)
     if work.run("to-lora", case.path, "--base", case.base, "--rank", 6, "-o", work.path / "made") == 0:
         trained(case, work.do("merge", work.path / "made", "--base", case.base))
+    else:
+        assert "plain LoRA already" not in work.said
+
+
+@pytest.mark.parametrize("name", ["moe-v4-mixtral", "moe-v4-mixtral-dora"])
+def test_operations_on_layers_that_the_base_has_in_one_tensor(name: str, work: Work) -> None:
+    case = Case(name)
+    base = work.base(network(case.base).state_dict(), case.base)
+    want = work.merge(case.path, "--base", base)
+    more, made = ["--base", base], work.path / "made"
+    for arguments, exact in (
+        (["rescale", case.path, "--rank", 3], True),
+        (["rescale", case.path, "--rank", 1], False),
+        (["rescale", case.path, "--rank", 1, "--refit"], False),
+        (["rescale", case.path, "--rank", 1, "--weighted"], False),
+        (["to-lora", case.path, "--rank", 12], True),
+        (["to-dora", case.path], True),
+        (["combine", case.path, case.path, "--weight", 0.5, "--rank", 12], True),
+        (["combine", case.path, case.path, "--weight", 0.5, "--rank", 12, "--method", "ties", "--density", 1], False),
+    ):
+        shutil.rmtree(made, ignore_errors=True)
+        if work.run(*arguments, *more, "-o", made) != 0:
+            work.refuse(*arguments, *more, codes=[2, 3, 4, 5])
+        elif exact:
+            same(work.merge(made, *more), want)
+
+
+def test_operations_on_a_tie_that_no_option_tells_of(work: Work) -> None:
+    case = Case("tied-lora")
+    want = work.merge(case.path, "--base", case.base)
+    adapter = work.changed(case, ensure_weight_tying=False).rename(work.path / "adapter")
+    for arguments in (["rescale", "--rank", 3], ["combine"], ["to-dora"], ["to-lora", "--rank", 4]):
+        right(work, case, want, arguments[0], adapter, *arguments[1:], "--base", case.base)
+
+
+@pytest.mark.parametrize("name", ["loha", "hira"])
+def test_no_plain_lora_is_said_where_there_is_none(name: str, work: Work) -> None:
+    """Other methods become a LoRA, exactly at the full rank, or are refused for what they are."""
+    case = Case(name)
+    if work.run("to-lora", case.path, "--base", case.base, "--rank", 32, "-o", work.path / "made") == 0:
+        same(work.merge(work.path / "made", "--base", case.base), work.merge(case.path, "--base", case.base))
     else:
         assert "plain LoRA already" not in work.said
 

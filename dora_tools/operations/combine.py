@@ -15,9 +15,9 @@ from ..errors import FitError, InputError, UsageError
 from ..lowrank import factors_of, svd_of_product
 from ..merging import Merged
 from ..names import places
-from .finite import check_finite
+from .finite import check_finite, check_parameters
 from .lora import to_lora
-from .outcome import Module, Outcome, by_module, rank_of
+from .outcome import Module, Outcome, by_module, rank_of, refuse_parts
 from .ranks import Ranks, Spectrum
 from .subspace import Matrix, fits
 
@@ -95,6 +95,7 @@ def combine(
         check_finite(adapter, threads)
     sharing: dict[str, list[tuple[Update, float]]] = {}
     for adapter, weight in adapters:
+        check_parameters(adapter)
         for update in adapter.updates:
             sharing.setdefault(update.module, []).append((update, weight))
     for module, sharers in sharing.items():
@@ -103,6 +104,10 @@ def combine(
             raise FitError(f"{module} is {' and '.join(str(k) for k in kinds)} in the adapters: they do not fit.")
     alone = {m for m, s in sharing.items() if len(s) == 1 and s[0][1] == 1.0 and ranks is None and election is None}
     doras = {m for m, s in sharing.items() if m not in alone and any(u.magnitude is not None for u, _ in s)}
+    for module, sharers in sharing.items():
+        if module not in alone and module not in doras:
+            for update, _ in sharers:
+                _low(update)
     if doras and (base is None or ranks is None):
         raise UsageError(
             f"{min(doras)} is DoRA, which is no sum of its parts: it takes --base and a rank (or energy) for the best "
@@ -280,6 +285,7 @@ class _Deltas:
             self._merged = Merged(self._binding, device)
             self._merged.prepare(threads)
             self._places = by_module(self._binding.bound)
+            refuse_parts((u.module for u in adapter.updates if u.magnitude is not None), self._places)
             self._turned = {b.module: b.turned for bs in self._binding.bound.values() for b in bs}
 
     def delta(self, module: str) -> torch.Tensor:

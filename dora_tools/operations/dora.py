@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from ..adapter import Adapter, Axis, LowRank, Magnitude
 from ..binding import bind
 from ..checkpoint import Checkpoint, Ref, constant
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 from ..merging import dora_norms
 from .finite import check_finite
 from .outcome import Module, Outcome
@@ -42,6 +43,7 @@ def to_dora(
         raise InputError(f"{odd or 'The adapter'} has no low-rank update, so there is nothing to make a DoRA of.")
     check_finite(adapter, threads)
     asked = tuple(replace(u, magnitude=Magnitude(_promised(u.delta.shape, axis), axis)) for u in adapter.updates)
+    refuse_pieces(adapter, base)
     binding = bind([(replace(adapter, updates=asked), 1.0)], base)
     found = dict(dora_norms(binding, threads, device, progress, bare=init == "paper"))
     for module, vector in found.items():
@@ -61,6 +63,15 @@ def to_dora(
     ranks = [u.delta.rank if isinstance(u.delta, LowRank) else None for u in updates]
     modules = [Module(u.module, u.delta.shape, r, r) for u, r in zip(updates, ranks, strict=True)]
     return Outcome("to-dora", made, tuple(modules), tuple(notes))
+
+
+def refuse_pieces(adapter: Adapter, base: Checkpoint) -> None:
+    """Raises UnsupportedError for a module that lies in several tensors of the base, each of which has norms."""
+    bound = bind([(adapter, 1.0)], base).bound
+    times = Counter(b.module for name, bounds in bound.items() if name.endswith("weight") for b in bounds)
+    odd = next((module for module, count in times.items() if count > 1), None)
+    if odd is not None:
+        raise UnsupportedError(f"{odd} lies in several tensors of this base, and a magnitude is of one.")
 
 
 def _promised(shape: tuple[int, int], axis: Axis) -> Ref:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..adapter import Adapter, LowRank
 from ..checkpoint import Ref, blocks, single_threaded
-from ..errors import InputError
+from ..errors import InputError, UnsupportedError
 
 
 def check_finite(adapter: Adapter, threads: int) -> None:
@@ -26,4 +26,15 @@ def check_finite(adapter: Adapter, threads: int) -> None:
             raise InputError(
                 f"{promise.key} holds {count} values that are NaN or Inf, of {total}: the training diverged or the "
                 "file is damaged."
+            )
+
+
+def check_parameters(adapter: Adapter) -> None:
+    """Raises UnsupportedError for a module of which two parameters are adapted: an operation knows modules by name."""
+    own: dict[str, str] = {}
+    for update in adapter.updates:
+        if own.setdefault(update.module, update.parameter) != update.parameter:
+            raise UnsupportedError(
+                f"{update.module}: both {own[update.module]} and {update.parameter} of it are adapted, which this "
+                "operation cannot tell apart. Merge the adapter instead."
             )

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 
-from ..adapter import Adapter, Replacement
+from ..adapter import Adapter, LowRank, Replacement
 from ..binding import Binding, bind
 from ..checkpoint import Checkpoint, constant
+from ..deltas import Tokens
 from ..errors import InputError, TargetError
 from ..merging import Merged, dora_norms
 from .finite import check_finite
-from .outcome import Module, Outcome, by_module, measured, rank_of
+from .outcome import Module, Outcome, by_module, measured, rank_of, refuse_parts
 from .ranks import Ranks
 from .subspace import Matrix, Progress, fits
 
@@ -43,10 +44,17 @@ def to_lora(
     merged.prepare(threads)
     old = {u.module: u for adapter, _ in adapters for u in adapter.updates}
     doras = [u.module for u in old.values() if u.magnitude is not None]
-    todo = [module for module in old if alone is None or module in doras]
+    dense = [u.module for u in old.values() if not isinstance(u.delta, LowRank | Tokens)]
+    todo = [module for module in old if alone is None or module in doras or module in dense]
     if not todo:
-        raise InputError("No module has a magnitude: the adapter is a plain LoRA already.")
+        plain = all(isinstance(u.delta, LowRank) for u in old.values())
+        what = "the adapter is a plain LoRA already" if plain else "what is not rows of tokens is a plain LoRA already"
+        raise InputError(f"No module has a magnitude: {what}.")
+    rows = next((m for m in todo if isinstance(old[m].delta, Tokens)), None)
+    if rows is not None:
+        raise InputError(f"{rows} has rows replaced, which is no low-rank update to sum up.")
     places, turned = by_module(binding.bound), _turned(binding)
+    refuse_parts(todo, places)
     matrices = [
         Matrix(u.module, places[u.module], u.kind, turned[u.module], u.kernel_size)
         for u in (old[module] for module in todo)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from ..adapter import Adapter, LowRank, Update
 from ..binding import Bound, bind
 from ..checkpoint import Checkpoint
 from ..compare import distances
+from ..errors import UnsupportedError
 from ..merging import Merged
 
 if TYPE_CHECKING:
@@ -153,9 +154,14 @@ def measured(
 ) -> list[Module]:
     """Modules with the error of the merged weight, the factors being as they are stored."""
     again = Merged(bind([(adapter, 1.0)], base), device)
-    found = distances(again, tuned, [places[m.module] for m in modules], threads, device)
-    return [replace(m, error=found[at].difference, weight=found[at].size)
-            for m in modules for at in (places[m.module],)]  # fmt: skip
+    there = {m.module: places[m.module] for m in modules if m.module in places}
+    found = distances(again, tuned, list(there.values()), threads, device)
+    return [
+        replace(m, error=found[there[m.module]].difference, weight=found[there[m.module]].size)
+        if m.module in there
+        else m
+        for m in modules
+    ]
 
 
 def rank_of(update: Update) -> int | None:
@@ -163,5 +169,21 @@ def rank_of(update: Update) -> int | None:
 
 
 def by_module(bound: Mapping[str, tuple[Bound, ...]]) -> dict[str, str]:
-    """Module → the base tensor that it changes."""
-    return {b.module: name for name, bounds in bound.items() for b in bounds if name.endswith("weight")}
+    """Module → the base tensor that it changes; without those that change a part of one, or several."""
+    found: dict[str, set[str]] = {}
+    parts: set[str] = set()
+    for name, bounds in bound.items():
+        for b in bounds if name.endswith("weight") else ():
+            found.setdefault(b.module, set()).add(name)
+            parts |= {b.module} if b.part is not None else set()
+    return {module: min(names) for module, names in found.items() if len(names) == 1 and module not in parts}
+
+
+def refuse_parts(modules: Iterable[str], places: Mapping[str, str]) -> None:
+    """Raises UnsupportedError for a module whose change of the base is not that of one tensor."""
+    odd = next((module for module in modules if module not in places), None)
+    if odd is not None:
+        raise UnsupportedError(
+            f"{odd} is a part of a tensor of this base, or in several of them, and its change there is not measured. "
+            "Merge the adapter instead."
+        )

@@ -16,8 +16,8 @@ from ..dtypes import to_torch
 from ..errors import FitError, InputError, UsageError
 from ..lowrank import factors, factors_of, padded, svd_of_product
 from ..merging import Merged, dora_norms
-from .finite import check_finite
-from .outcome import Module, Outcome, by_module, measured
+from .finite import check_finite, check_parameters
+from .outcome import Module, Outcome, by_module, measured, refuse_parts
 from .ranks import Ranks, Spectrum
 
 Progress = Callable[[int], None]
@@ -64,6 +64,7 @@ def rescale(
     if alpha is not None and not 1e-15 < abs(alpha) < 1e15:
         raise UsageError(f"An alpha of {alpha:g} would erase the adapter or overflow.")
     check_finite(adapter, threads)
+    check_parameters(adapter)
     if dtype is not None and dtype not in _ROUNDS:
         raise UsageError(f"Factors are stored as float32, float16 or bfloat16, not as {dtype}.")
     old = bind([(adapter, 1.0)], base) if base is not None else None
@@ -74,6 +75,8 @@ def rescale(
         raise InputError("The adapter has no low-rank update whose rank or alpha could change.")
     if ranks is not None:
         ranks.check({module: delta.shape for module, delta in low.items()})
+    if old is not None and (weighted or refit):
+        refuse_parts((u.module for u in adapter.updates if u.magnitude is not None), by_module(old.bound))
     weights = _weights(adapter, base, device, threads) if weighted and base is not None else {}
     updates, modules = dict[str, Update](), list[Module]()
     chosen = _choose(low, ranks, weights, threads) if ranks is not None and ranks.parameters is not None else None
@@ -106,10 +109,11 @@ def rescale(
         if refit:
             made = _refitted(made, old, bind([(made, 1.0)], base), device, threads)
         places, target = by_module(old.bound), Merged(old, device)
-        change = distances(old.base, target, [places[m.module] for m in modules], threads, device)
-        modules = [replace(m, delta=change[places[m.module]].difference) for m in modules]
+        change = distances(old.base, target, [places[m.module] for m in modules if m.module in places], threads, device)
+        modules = [replace(m, delta=change[places[m.module]].difference) if m.module in places else m for m in modules]
         modules = measured(modules, made, base, target, places, device, threads)
-        notes = ("Errors are those of the merged weight, against its change by the adapter.",)
+        some = " of modules that are one tensor of it" * any(m.module not in places for m in modules)
+        notes = (f"Errors{some} are those of the merged weight, against its change by the adapter.",)
     return Outcome("rescale", made, tuple(modules), notes)
 
 
