@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import frexp, isfinite
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from .checkpoint import Ref
 from .dtypes import DTYPES
@@ -60,8 +60,25 @@ class Delta(Protocol):
         """Load the values, multiplied by ``strength``. With ``check``, raises InputError for NaN and Inf."""
 
 
+class SelfContained:
+    """A delta that needs nothing of the base, and in memory as many numbers as it is stored in, as most do."""
+
+    __slots__ = ()
+
+    @property
+    def parameters(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def held(self) -> int:
+        return self.parameters
+
+    def onto(self, base: Ref) -> Self:
+        return self
+
+
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(SelfContained):
     """``scaling · lora_B @ lora_A`` with lora_A (rank, in), lora_B (out, rank): LoRA, arXiv 2106.09685.
 
     ``scaling`` is the number really multiplied; ``source`` says where it came from.
@@ -104,19 +121,12 @@ class LowRank:
     def parameters(self) -> int:
         return self.rank * (self.shape[0] + self.shape[1])
 
-    @property
-    def held(self) -> int:
-        return self.parameters
-
     def turned(self) -> LowRank:
         """(BA)ᵀ = AᵀBᵀ."""
         return replace(self, lora_A=self.lora_B.T, lora_B=self.lora_A.T)
 
     def take(self, rows: slice | Sequence[int]) -> LowRank:
         return replace(self, lora_B=self.lora_B.rows(rows))
-
-    def onto(self, base: Ref) -> LowRank:
-        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         a = loaded(self.lora_A, device, dtype, check).contiguous()
@@ -149,17 +159,13 @@ class ScaledLowRankKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Unchanged:
+class Unchanged(SelfContained):
     """No delta: only the magnitude moved. ``shape`` has -1 for a side that the file does not tell."""
 
     shape: tuple[int, int]
 
     @property
     def parameters(self) -> int:
-        return 0
-
-    @property
-    def held(self) -> int:
         return 0
 
     def turned(self) -> Unchanged:
@@ -170,9 +176,6 @@ class Unchanged:
             return self
         return Unchanged((len(range(*rows.indices(self.shape[0]))), self.shape[1]))
 
-    def onto(self, base: Ref) -> Unchanged:
-        return self
-
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         return self
 
@@ -181,7 +184,7 @@ class Unchanged:
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(SelfContained):
     """A delta given in full, or computed in full when it loads: (out, in). A bias is one of a single column."""
 
     tensor: Ref
@@ -206,15 +209,12 @@ class Dense:
     def take(self, rows: slice | Sequence[int]) -> Dense:
         return replace(self, tensor=self.tensor.rows(rows))
 
-    def onto(self, base: Ref) -> Dense:
-        return self
-
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> DenseKernel:
         return DenseKernel((loaded(self.tensor, device, dtype, check) * strength).contiguous())
 
 
 @dataclass(frozen=True, slots=True)
-class Toward:
+class Toward(SelfContained):
     """A part of the way from W to another tensor R of the same shape: adds w (R − W)."""
 
     tensor: Ref
@@ -224,19 +224,12 @@ class Toward:
     def parameters(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    @property
-    def held(self) -> int:
-        return self.parameters
-
     def turned(self) -> Toward:
         return Toward(self.tensor.T, self.shape[::-1])
 
     def take(self, rows: slice | Sequence[int]) -> Toward:
         values = self.tensor.reshape(*self.shape).rows(rows)
         return Toward(values, (values.shape[0], self.shape[1]))
-
-    def onto(self, base: Ref) -> Toward:
-        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         values = loaded(self.tensor, device, dtype, check).reshape(self.shape)

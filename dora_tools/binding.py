@@ -87,8 +87,7 @@ class _Plan:
 
     @property
     def model_type(self) -> str:
-        kind = self.config.get("model_type")
-        return kind if isinstance(kind, str) else ""
+        return self.places.model_type
 
     @cached_property
     def places(self) -> Places:
@@ -222,8 +221,11 @@ def _place(adapter: Adapter, strength: float, plan: _Plan, number: int) -> None:
         name = plan.places.place(original, rule)
         found = [] if name in known else plan.places.find(name)
         if len(found) > 1 or (found and found[0][1] is not None):
-            plan.replaced.update(parted(name, replacement, found, known))
-            plan.owners.update(dict.fromkeys((disk for disk, _ in found), number))
+            pieces = dict(parted(name, replacement, found, known))
+            if pieces.keys() & plan.replaced.keys():
+                raise FitError(f"Two of the adapters replace {name} with tensors of their own; only one can be merged.")
+            plan.replaced.update(pieces)
+            plan.owners.update(dict.fromkeys(pieces, number))
             if strength != 1.0:
                 raise FitError(f"The adapter replaces {name} as a whole, in pieces, which no strength can do in part.")
             continue

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
-from .adapter import Axis, Delta, Kernel, LowRank, LowRankKernel, TowardKernel, loaded
+from .adapter import Axis, Delta, Kernel, LowRank, LowRankKernel, SelfContained, TowardKernel, loaded
 from .checkpoint import Ref, computed
 from .dtypes import DTYPES, to_torch
 from .errors import UnsupportedError
@@ -35,7 +35,7 @@ def tucker(core: Ref, a: Ref, b: Ref) -> LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(SelfContained):
     """Rows of a stored embedding or head, replaced: row ``indices[i]`` becomes row i of ``tensor`` (n, width)."""
 
     tensor: Ref
@@ -49,18 +49,11 @@ class Tokens:
     def parameters(self) -> int:
         return prod(self.tensor.shape)
 
-    @property
-    def held(self) -> int:
-        return self.parameters
-
     def turned(self) -> Tokens:
         raise UnsupportedError(f"{self.tensor.key} replaces rows of a matrix that is stored by columns.")
 
     def take(self, rows: slice | Sequence[int]) -> Tokens:
         raise UnsupportedError(f"{self.tensor.key} replaces rows of a matrix whose rows the base has in another order.")
-
-    def onto(self, base: Ref) -> Tokens:
-        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         return TokensKernel(loaded(self.tensor, device, dtype, check), self.indices, strength)
@@ -80,7 +73,7 @@ class TokensKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Hadamard:
+class Hadamard(SelfContained):
     """``first ⊙ second``, entry by entry, of two low-rank products: LoHa, arXiv 2108.06098."""
 
     first: LowRank
@@ -94,18 +87,11 @@ class Hadamard:
     def parameters(self) -> int:
         return self.first.parameters + self.second.parameters
 
-    @property
-    def held(self) -> int:
-        return self.parameters
-
     def turned(self) -> Hadamard:
         return Hadamard(self.first.turned(), self.second.turned())
 
     def take(self, rows: slice | Sequence[int]) -> Hadamard:
         return Hadamard(self.first.take(rows), self.second.take(rows))
-
-    def onto(self, base: Ref) -> Hadamard:
-        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         first, second = self.first, self.second
@@ -130,7 +116,7 @@ class HadamardKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Kronecker:
+class Kronecker(SelfContained):
     """``scaling · (left ⊗ right)``: LoKr, arXiv 2212.10650. ``order``: which of its rows, where not all as they are."""
 
     left: Ref
@@ -161,9 +147,6 @@ class Kronecker:
         old = self.order or tuple(range(self.shape[0]))
         return replace(self, order=old[rows] if isinstance(rows, slice) else tuple(old[i] for i in rows))
 
-    def onto(self, base: Ref) -> Kronecker:
-        return self
-
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         left, right = (loaded(r, device, dtype, check).contiguous() for r in (self.left, self.right))
         return KroneckerKernel(left * (self.scaling * strength), right, self.order)
@@ -183,7 +166,7 @@ class KroneckerKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class Scaled(SelfContained):
     """``W ⊙ l``: a factor for each output or each input. IA³, arXiv 2205.05638. ``shape`` has -1 for the other side."""
 
     vector: Ref
@@ -198,18 +181,11 @@ class Scaled:
     def parameters(self) -> int:
         return self.vector.shape[0]
 
-    @property
-    def held(self) -> int:
-        return self.parameters
-
     def turned(self) -> Scaled:
         return replace(self, axis="in" if self.axis == "out" else "out")
 
     def take(self, rows: slice | Sequence[int]) -> Scaled:
         return replace(self, vector=self.vector.rows(rows)) if self.axis == "out" else self
-
-    def onto(self, base: Ref) -> Scaled:
-        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         return ScaledKernel(1 + strength * (loaded(self.vector, device, dtype, check) - 1), self.axis)
@@ -225,7 +201,7 @@ class ScaledKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class Modulated:
+class Modulated(SelfContained):
     """``W ⊙ (1 + BA)``: HiRA, OpenReview TwJrTz9cRS."""
 
     factors: LowRank
@@ -238,18 +214,11 @@ class Modulated:
     def parameters(self) -> int:
         return self.factors.parameters
 
-    @property
-    def held(self) -> int:
-        return self.parameters
-
     def turned(self) -> Modulated:
         return Modulated(self.factors.turned())
 
     def take(self, rows: slice | Sequence[int]) -> Modulated:
         return Modulated(self.factors.take(rows))
-
-    def onto(self, base: Ref) -> Modulated:
-        return self
 
     def kernel(self, strength: float, device: str, dtype: torch.dtype, check: bool = True) -> Kernel:
         a, b = (loaded(f, device, dtype, check).contiguous() for f in (self.factors.lora_A, self.factors.lora_B))

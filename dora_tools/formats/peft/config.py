@@ -38,8 +38,6 @@ _REFUSED_OPTIONS = {
 }
 # init_lora_weights that leave the base as it is; every other one trains on a changed base
 PLAIN_STARTS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
-# those whose change of the base can be computed again
-KNOWN_STARTS = {"pissa", "olora"}
 
 
 def checked(config: Any, methods: Collection[str]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def start_note(config: Mapping[str, Any], given: Given) -> str:
         return ""
     took = f"This adapter began with '{start}', which took a part of the base weights before training: "
     if given.residual_base:
-        return took + "the base is taken to be what was left of them."
+        return took + "its factors are to be added to what was left of them (--residual-base)."
     if given.initial is not None:
         return took + "that part is the initial adapter's, and the base is taken to be the original."
     return (

@@ -21,7 +21,6 @@ from .experts import ORDER, targeted
 from .keys import saved_whole
 
 _PREFIX = "base_model.model."
-_LORA = ("LORA", "TRAINABLE_TOKENS")
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,13 @@ def _replaced(adapter: Adapter) -> dict[str, Ref]:
     return refs
 
 
+def _attentions(adapter: Adapter) -> set[str]:
+    """The modules that are an nn.MultiheadAttention."""
+    return {u.module for u in adapter.updates if u.parameter == "in_proj_weight"}
+
+
 def _check(adapter: Adapter) -> None:
-    attentions = {u.module for u in adapter.updates if u.parameter == "in_proj_weight"}
+    attentions = _attentions(adapter)
     layers = [u for u in adapter.updates if u.kind not in ("whole", "expert")]
     bare = [update.module for update in layers if update.magnitude is None]
     if adapter.is_dora and bare:
@@ -130,7 +134,7 @@ def _check(adapter: Adapter) -> None:
 
 
 def _entries(adapter: Adapter, old: Mapping[str, Any]) -> list[_Entry]:
-    attentions = {u.module for u in adapter.updates if u.parameter == "in_proj_weight"}
+    attentions = _attentions(adapter)
     nested: dict[str, dict[str, list[Update]]] = {}
     entries = []
     for update in adapter.updates:
@@ -240,6 +244,8 @@ def _folded(adapter: Adapter) -> Adapter:
         raise TargetError("Only a LoRA or DoRA has a scaling to fold; merge this adapter instead.")
     most = max(ranks, default=1)
 
+    attentions = _attentions(adapter)
+
     def fold(update: Update) -> Update:
         low = update.delta
         if not isinstance(low, LowRank):
@@ -252,7 +258,6 @@ def _folded(adapter: Adapter) -> Adapter:
             b = replace(assembled((b.shape[0], most), [(b, 0, 0)]), dtype=dtypes[1])
         return replace(update, delta=LowRank(a, b, twice, "folded"))
 
-    attentions = {u.module for u in adapter.updates if u.parameter == "in_proj_weight"}
     extra = {**adapter.extra, "modules": ()}
     return replace(adapter, updates=tuple(map(fold, adapter.updates)), rslora=False, extra=extra)
 
